@@ -1,0 +1,309 @@
+"""Training and evaluation batches: which images in which order, broken ones replaced, waiting measured, resumable.
+
+Randomness is a function: everything drawn for an image comes from (seed, epoch, index). The number of workers, prefetching
+and a restart change nothing.
+"""
+
+import logging
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from core.config import Config
+from core.datasets import ImageSource
+from core.errors import DataError, MachineError, shown
+from core.images import MAX_PIXELS, BadImage, decode
+from core.streams import ShardStream
+
+MAX_TRIES = 20
+
+logger = logging.getLogger("rcmae")
+
+
+class LoaderConfig(Config):
+    """How images are read."""
+
+    num_workers: int | None = Field(None, ge=0)  # None: half the cores on a CPU, up to 16 beside a GPU
+    max_broken_share: float = Field(0.01, ge=0, le=1)  # of the distinct images; beyond it training ends with an error
+    max_pixels: int = Field(MAX_PIXELS, gt=0)  # larger images count as broken: decompression bombs
+    timeout_s: int = Field(300, gt=0)  # longest wait for one batch before the run ends
+    stream_images: int | None = Field(None, gt=0)  # images in all shards; needed for data=https://..., which cannot be counted
+
+
+class Broken(NamedTuple):
+    """An image that could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+class Loaded(NamedTuple):
+    """One micro-batch with what the loader has to say about it."""
+
+    batch: Any
+    broken: tuple[Broken, ...]
+    shard: int  # position of the shard it came from; 0 for files
+
+
+Prepare = Callable[[Tensor, np.random.Generator], Any]  # decoded image, draws of this sample -> sample
+Collate = Callable[[Sequence[Any]], Any]  # samples -> batch
+
+
+def sample_rng(*key: int) -> np.random.Generator:
+    """The generator of one sample: a pure function of its key, such as (seed, epoch, index)."""
+    return np.random.default_rng(key)
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """Indices of every micro-batch from an optimizer step on, epoch after epoch; what does not fill a batch is left out.
+
+    A permutation per epoch drawn from (seed, epoch): a restart at any step goes on as if nothing had happened.
+    """
+
+    num_images: int
+    batch_size: int
+    micro_batch: int
+    seed: int
+    first_step: int
+    total_steps: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield [(epoch, index), ...] of each micro-batch, those of one global batch in a row."""
+        steps_per_epoch = self.num_images // self.batch_size
+        order, current = np.empty(0, dtype=np.int64), -1
+        for step in range(self.first_step, self.total_steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            if epoch != current:
+                order, current = sample_rng(self.seed, epoch).permutation(self.num_images), epoch
+            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+            for start in range(0, self.batch_size, self.micro_batch):
+                yield [(epoch, int(index)) for index in chosen[start : start + self.micro_batch]]
+
+
+@dataclass(frozen=True)
+class TrainingImages(Dataset):
+    """Decoded and prepared samples by (epoch, index); a broken image is replaced by another drawn from the same key."""
+
+    source: ImageSource
+    seed: int
+    prepare: Prepare
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, tuple[Broken, ...]]:
+        """The sample, and the broken images that it stands for. Raises: DataError after 20 broken ones in a row."""
+        epoch, index = key
+        broken: list[Broken] = []
+        replacements = sample_rng(self.seed, epoch, index, 1)
+        for _ in range(MAX_TRIES):
+            try:
+                image = read_image(self.source, index, self.channels, self.max_pixels)
+                return self.prepare(image, sample_rng(self.seed, *key)), tuple(broken)
+            except BadImage as error:
+                broken.append(Broken(self.source.name(index), str(error)))
+                index = int(replacements.integers(len(self.source)))
+        last = broken[-1]
+        raise DataError(
+            f"{shown(self.source.origin)}: {MAX_TRIES} broken images in a row, the last {last.name}: {last.reason}"
+        )
+
+
+@dataclass(frozen=True)
+class StreamedImages(IterableDataset):
+    """Micro-batches of a shard stream, each worker its own shards; broken images are passed over and reported."""
+
+    stream: ShardStream
+    seed: int
+    prepare: Prepare
+    collate: Collate
+    micro_batch: int
+    first_shard: int
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
+
+    def __iter__(self) -> Iterator[Loaded]:
+        """Yield micro-batches without end."""
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        samples: list[Any] = []
+        broken: list[Broken] = []
+        for shard, name, data in self.stream.images(self.first_shard, worker, num_workers):
+            try:
+                image = decode(data, self.channels, self.max_pixels)
+            except BadImage as error:
+                broken.append(Broken(shown(name), str(error)))
+                continue
+            samples.append(self.prepare(image, sample_rng(self.seed, shard, zlib.crc32(name.encode("utf-8", "replace")))))
+            if len(samples) == self.micro_batch:
+                yield Loaded(self.collate(samples), tuple(broken), shard)
+                samples, broken = [], []
+
+
+def read_image(source: ImageSource, index: int, channels: int, max_pixels: int) -> Tensor:
+    """One decoded image, uint8 [channels, H, W]. Raises: BadImage, also for a file that cannot be read."""
+    try:
+        data = source.read(index)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from None
+    return decode(data, channels, max_pixels)
+
+
+@dataclass(frozen=True)
+class _CollateLoaded:
+    collate: Collate
+
+    def __call__(self, items: Sequence[tuple[Any, tuple[Broken, ...]]]) -> Loaded:
+        broken = tuple(note for _, notes in items for note in notes)
+        return Loaded(self.collate([sample for sample, _ in items]), broken, 0)
+
+
+def image_loader(images: TrainingImages, order: EpochOrder, collate: Collate, num_workers: int, timeout_s: int) -> DataLoader:
+    """Micro-batches of files in the given order."""
+    options = _worker_options(num_workers, timeout_s)
+    return DataLoader(images, batch_sampler=order, collate_fn=_CollateLoaded(collate), **options)  # type: ignore[arg-type]
+
+
+def stream_loader(images: StreamedImages, num_workers: int, timeout_s: int) -> DataLoader:
+    """Micro-batches of a shard stream."""
+    return DataLoader(images, batch_size=None, **_worker_options(num_workers, timeout_s))
+
+
+def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
+    return {
+        "num_workers": num_workers,
+        "timeout": timeout_s if num_workers else 0,
+        "worker_init_fn": _init_worker,
+        "pin_memory": torch.cuda.is_available(),
+        "prefetch_factor": 4 if num_workers else None,
+        # Its own generator: a DataLoader otherwise draws from the global stream, which nothing here may.
+        "generator": torch.Generator(),
+    }
+
+
+def _init_worker(_: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the main process decides when to stop
+
+
+@dataclass
+class Feed:
+    """Global batches one after the other, counting what was broken and how long was waited.
+
+    Attributes:
+        loader: micro-batches in order.
+        accumulation: micro-batches in a global batch.
+        max_broken: number of distinct broken images beyond which `take` raises.
+        broken: reason by name of every broken image met so far; part of the checkpoint.
+        shards: for streams, the last shard position seen of each worker; part of the checkpoint.
+        wait_s: seconds spent waiting since it was last set to 0.
+    """
+
+    loader: DataLoader
+    accumulation: int
+    max_broken: float
+    broken: dict[str, str] = field(default_factory=dict)
+    shards: list[int] = field(default_factory=list)
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._micro_batches = iter(self.loader)
+        self._taken = 0
+
+    def take(self) -> list[Any]:
+        """The micro-batches of the next global batch.
+
+        Raises: DataError beyond `max_broken`.
+        """
+        start = time.perf_counter()
+        batches = [self._next() for _ in range(self.accumulation)]
+        self.wait_s += time.perf_counter() - start
+        if len(self.broken) > self.max_broken:
+            name, reason = next(reversed(self.broken.items()))
+            raise DataError(
+                f"{len(self.broken)} broken images, more than loader.max_broken_share allows ({self.max_broken:g}); "
+                f"the last: {name}: {reason}; train.log names them all"
+            )
+        return batches
+
+    def _next(self) -> Any:
+        loaded: Loaded = next(self._micro_batches)
+        for note in loaded.broken:
+            if note.name not in self.broken:
+                self.broken[note.name] = note.reason
+                logger.warning("replaced %s: %s", note.name, note.reason)
+        if self.shards:
+            self.shards[self._taken % len(self.shards)] = loaded.shard
+        self._taken += 1
+        return loaded.batch
+
+
+@contextmanager
+def worker_faults() -> Iterator[None]:
+    """Turn the death or silence of a loader worker, which torch reports at any line of the main process, into its error.
+
+    Raises: MachineError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise MachineError(
+            f"a loader worker died or was silent for loader.timeout_s seconds ({str(error).splitlines()[0]}); "
+            "give the same command again to go on, with fewer loader.num_workers if memory was short"
+        ) from None
+
+
+class EvalBatch(NamedTuple):
+    """Images for evaluation; rows with valid = False only fill the last batch up and must not be counted."""
+
+    images: Tensor  # uint8 [B, C, H, W]
+    labels: Tensor  # int64 [B], -1 where the source has none
+    valid: Tensor  # bool [B]
+
+
+@dataclass(frozen=True)
+class EvalImages(Dataset):
+    """Every image of a source once, in order. A broken one is an error: an evaluation never skips."""
+
+    source: ImageSource
+    transform: Callable[[Tensor], Tensor]
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
+        """(image, label, valid); an index past the end is a filler. Raises: DataError naming a broken image."""
+        valid = index < len(self.source)
+        index = index if valid else 0
+        try:
+            image = read_image(self.source, index, self.channels, self.max_pixels)
+        except BadImage as error:
+            raise DataError(
+                f"{shown(self.source.origin)}: {self.source.name(index)}: {error}; an evaluation counts every image, "
+                "so mend or remove it"
+            ) from None
+        label = -1 if self.source.labels is None else int(self.source.labels[index])
+        return self.transform(image), label, valid
+
+
+def eval_loader(images: EvalImages, batch_size: int, num_workers: int, timeout_s: int) -> DataLoader:
+    """Full batches of `EvalBatch`, the last one filled up."""
+    rows = -(-len(images.source) // batch_size) * batch_size
+    options = _worker_options(num_workers, timeout_s)
+    return DataLoader(images, batch_size, sampler=range(rows), collate_fn=_collate_eval, **options)  # type: ignore[arg-type]
+
+
+def _collate_eval(items: Sequence[tuple[Tensor, int, bool]]) -> EvalBatch:
+    images, labels, valid = zip(*items, strict=True)
+    return EvalBatch(torch.stack(images), torch.tensor(labels), torch.tensor(valid))

@@ -1,0 +1,188 @@
+"""What a run says: console and train.log, metrics.jsonl, TensorBoard, W&B, the progress bar, learning curves."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from core.config import Config
+from core.files import replace_file
+
+logger = logging.getLogger("rcmae")
+
+
+class LogConfig(Config):
+    """What is logged and where."""
+
+    every_steps: int = Field(20, gt=0)  # optimizer steps between lines; losses are read from the device only then
+    tensorboard: bool = True
+    wandb_project: str | None = None  # needs the extra rcmae[wandb]
+
+
+class RunLog:
+    """Log files of one run directory; a resumed run drops what was logged beyond the step that it resumes from."""
+
+    def __init__(self, folder: Path, config: LogConfig, console: Console | None = None) -> None:
+        self._folder = folder
+        self._config = config
+        self.console = console or Console(stderr=False)
+        self._handlers = [_ConsoleHandler(self.console), logging.FileHandler(folder / "train.log", encoding="utf-8")]
+        self._handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        for handler in self._handlers:
+            logger.addHandler(handler)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._metrics: Any = None
+
+    def open(self, step: int, run_name: str, config: Mapping[str, Any]) -> None:
+        """Open the metric files for a run that goes on from `step`."""
+        path = self._folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+        self._metrics = path.open("a", encoding="utf-8")
+        if self._config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports, only where it is wanted
+
+            self._tensorboard = SummaryWriter(str(self._folder), purge_step=step + 1)
+        if self._config.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=self._config.wandb_project, name=run_name, id=run_name, resume="allow", config=dict(config)
+            )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record figures of one step everywhere."""
+        row = {"step": step, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> Path:
+        """Save a picture, uint8 [H, W, 3], as pictures/NAME_STEP.png and show it in TensorBoard; return its path."""
+        from torchvision.io import encode_png
+
+        path = self._folder / "pictures" / f"{name}_{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, encode_png(torch.from_numpy(pixels).permute(2, 0, 1).contiguous()).numpy().tobytes())
+        if self._tensorboard:
+            self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for writer in (self._metrics, self._tensorboard):
+            if writer:
+                writer.close()
+        if self._wandb:
+            self._wandb.finish()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class ProgressBar:
+    """A bar with ETA on a terminal; elsewhere one line per log interval, with the same figures."""
+
+    def __init__(self, console: Console, total_steps: int, step: int) -> None:
+        self._live = console.is_terminal
+        self._total = total_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("step", total=total_steps, completed=step, figures="")
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` finished steps."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, figures: str, eta_s: float) -> None:
+        """Show the latest figures."""
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._live:
+            logger.info("step %d/%d  eta %s  %s", step, self._total, duration(eta_s), figures)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < math.inf]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a crash
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw every figure of metrics.jsonl over the step, one panel per figure, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in {"step", "epoch"}))
+    columns = min(3, max(1, len(names)))
+    figure = Figure(figsize=(4.6 * columns, 2.9 * -(-len(names) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for i, name in enumerate(names):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes = figure.add_subplot(-(-len(names) // columns), columns, i + 1)
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 30 else None)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.rename(path)
+
+
+def stdout_console() -> Console:
+    """The console that runs talk to; wide where the output is no terminal, so that lines are not folded."""
+    return Console() if sys.stdout.isatty() else Console(width=200)

@@ -1,0 +1,255 @@
+"""The one plain Vision Transformer of the suite, with timm's parameter names.
+
+Letters: B batch, C channels, H W image, P patch side, L patches, K kept patches, N tokens, D width.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from core.config import Config
+
+LAYER_NORM_EPS = 1e-6
+
+
+class ViTConfig(Config):
+    """Sizes of a ViT. `img_size` is (height, width) in pixels, both divisible by `patch_size`."""
+
+    img_size: tuple[PositiveInt, PositiveInt]
+    patch_size: PositiveInt
+    in_chans: PositiveInt = 3
+    embed_dim: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+
+    def contradictions(self) -> Iterator[str]:
+        """Sizes that cannot hold together."""
+        for side in sorted(set(self.img_size)):
+            if side % self.patch_size:
+                yield f"img_size={side} is not divisible by patch_size={self.patch_size}"
+        if self.embed_dim % self.num_heads:
+            yield f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}"
+        if self.embed_dim % 4:
+            yield f"embed_dim={self.embed_dim} is not divisible by 4, as the sin-cos position table needs"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """L, patches per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        """Values per patch, C * P * P."""
+        return self.in_chans * self.patch_size**2
+
+
+class PatchEmbed(nn.Module):
+    """Holds the patch convolution under timm's name; applied as a linear map on flattened patches, which is the same."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed patches [B, N, P*P*C] (channel fastest, as `patchify` gives them) to [B, N, D]."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P*P*C]
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, fused; qkv channels are [q | k | v], each head-major."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many are queries and returned."""
+        if num_queries is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            dim = x.shape[-1]
+            q_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
+            q_bias, kv_bias = self.qkv.bias.split([dim, 2 * dim])
+            (q,) = self._heads(F.linear(x[:, -num_queries:], q_weight, q_bias), 1)
+            k, v = self._heads(F.linear(x, kv_weight, kv_bias), 2)
+        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D / heads]
+        return self.proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        x = x.unflatten(-1, (parts, self.num_heads, -1))  # [B, N, parts, heads, D / heads]
+        return x.permute(2, 0, 3, 1, 4).unbind(0)  # parts x [B, heads, N, D / heads]
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D]; with `num_queries` = M only the last M tokens are computed: [B, M, D]."""
+        attended = self.attn(self.norm1(x), num_queries)
+        x = attended + (x if num_queries is None else x[:, -num_queries:])
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Plain ViT encoder with a class token and one position table row per patch (row 0 is the class token's)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, config.grid))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
+    def tokens(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Class token and patch tokens after the final norm.
+
+        Args:
+            images: [B, C, H, W] float, normalised; H and W as configured.
+            ids_keep: [B, K] patch indices that the encoder sees, in the order wanted; None keeps all L.
+        Returns: [B, 1 + K, D] (K = L without `ids_keep`).
+        """
+        patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
+        return self.encode(patches if ids_keep is None else gather_patches(patches, ids_keep), ids_keep)
+
+    def encode(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """As `tokens`, from the kept patches themselves, [B, K, P*P*C]: nothing is embedded only to be dropped."""
+        positions = self.pos_embed[0, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]  # [(B,) K, D]
+        x = self._with_cls(self.patch_embed(patches) + positions, self.pos_embed)  # [B, 1 + K, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def feature_maps(self, images: Tensor, block_ids: list[int]) -> list[Tensor]:
+        """Patch tokens after the named blocks, without the final norm, as maps for dense prediction.
+
+        Args:
+            images: [B, C, H, W] float, normalised; any H and W divisible by the patch side (positions are resized).
+            block_ids: 0-based block indices; the order asked for is the order returned.
+        Returns: list of [B, D, H / P, W / P].
+        Raises: ValueError for a size that the patch does not divide, or an unknown block.
+        """
+        unknown = [i for i in block_ids if not 0 <= i < len(self.blocks)]
+        if unknown:
+            raise ValueError(f"feature_maps: block_ids {unknown} are not in 0..{len(self.blocks) - 1}")
+        grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
+        pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
+        x = self.patch_embed(patchify(images, self.config.patch_size)) + pos_embed[:, 1:]  # [B, L, D]
+        x = self._with_cls(x, pos_embed)  # [B, 1 + L, D]
+        maps = {}
+        for i, block in enumerate(self.blocks[: max(block_ids) + 1]):
+            x = block(x)
+            if i in block_ids:
+                maps[i] = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # [B, D, H / P, W / P]
+        return [maps[i] for i in block_ids]
+
+    def _with_cls(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        cls_token = (self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1)  # [B, 1, D]
+        return torch.cat([cls_token.to(x.dtype), x], dim=1)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise every tensor but the position table. Source: MAE (arXiv:2111.06377); spec section 1.5."""
+        self.apply(lambda module: init_module(module, generator))
+        projection = self.patch_embed.proj
+        bound = math.sqrt(6 / (self.config.patch_values + self.config.embed_dim))
+        nn.init.uniform_(projection.weight, -bound, bound, generator=generator)  # Xavier on the [D, P*P*C] view
+        # The published models keep the convolution's default for this one bias: it is the only one not zero.
+        bound = 1 / math.sqrt(self.config.patch_values)
+        nn.init.uniform_(projection.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
+        nn.init.normal_(self.cls_token, std=0.02, generator=generator)
+
+
+def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, one and zero for LayerNorm; others are left alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight, generator=generator)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images [B, C, H, W] into flattened patches [B, L, P*P*C], row-major; in a patch (row, column, channel).
+
+    Raises: ValueError if the patch side does not divide H and W.
+    """
+    B, C, H, W = images.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"image of {H}x{W} px (height x width) is not divisible by the patch side {patch_size}")
+    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)  # [B, L, P*P*C]
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`: [B, L, P*P*C] with L = grid rows * columns, to [B, C, H, W]."""
+    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)  # [B, rows, columns, P, P, C]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, C, H, W]
+
+
+def gather_patches(x: Tensor, ids: Tensor) -> Tensor:
+    """Pick rows of x [B, L, D] by ids [B, K], per image: [B, K, D]."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos table [1, 1 + L, D]; row 0 (class token) is zero, computed in float64, returned in float32.
+
+    The first half of the channels encodes the column, the second the row: sin, cos, sin, cos, a quarter each.
+    Source: MAE (arXiv:2111.06377); spec section 1.4.
+    """
+    quarter = dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D / 4]
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    parts = [f(axis.reshape(-1, 1) * omega) for axis in (columns, rows) for f in (torch.sin, torch.cos)]
+    table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), torch.cat(parts, dim=1)])  # [1 + L, D]
+    return table.float().unsqueeze(0)
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize a position table [1, 1 + L, D] to another grid; the class row is kept.
+
+    Bicubic without antialiasing and with aligned outer edges, as the published fine-tuning does.
+    """
+    if old_grid == new_grid:
+        return pos_embed
+    cls_row, table = pos_embed[:, :1], pos_embed[:, 1:]
+    table = table.transpose(1, 2).unflatten(2, old_grid)  # [1, D, rows, columns]
+    table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, table.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + L', D]

@@ -1,0 +1,1 @@
+"""Robustness benchmarks of trained models. Imports core, pretrain and transfer."""

@@ -1,0 +1,1 @@
+"""The command `rcmae` and what stands behind its small verbs."""
