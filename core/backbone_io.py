@@ -3,12 +3,13 @@
     NAME/model.safetensors    encoder only, timm's parameter names
     NAME/config.json          timm's hub layout, plus "rcmae": sizes and where the weights come from
 
-`timm.create_model("local-dir:NAME", pretrained=True)` loads it. Whatever a load does is reported line by line, and what it
-cannot explain it refuses.
+`timm.create_model("local-dir:NAME", pretrained=True)` loads it. Whatever a load does is reported line by line, and what
+it cannot explain it refuses.
 """
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from core.errors import CheckpointError, shown
+from core.errors import CheckpointError, NumericError, RcmaeError, shown
 from core.files import FileSystem, replace_dir
 from core.foreign_keys import State, flat_state, renamed
 from core.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -41,7 +42,7 @@ TIMM_NAMES = {
 }
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # the only sizes whose heads need not be told
 
-# What a checkpoint may hold that is no part of a backbone: decoders and heads, by MAE's, timm's and Hugging Face's names.
+# What a checkpoint may hold that is no part of a backbone: decoders and heads, as MAE, timm and Hugging Face name them.
 _NOT_BACKBONE = re.compile(r"(decoder|head|fc_norm|classifier|pooler)[._].*|mask_token|decoder_pos_embed")
 
 
@@ -61,7 +62,7 @@ class LoadReport:
         for title, names in (("resized", self.resized), ("new", self.new), ("ignored", self.ignored)):
             if names:
                 more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-                out.append(f"{title:8} {len(names)}: {', '.join(names[:6])}{more}")
+                out.append(f"{title:8} {len(names)}: {', '.join(map(shown, names[:6]))}{more}")
         return out
 
 
@@ -135,14 +136,14 @@ def load_backbone(
         branch: which model of an RC-MAE pretraining file.
         img_size: (height, width) that the ViT is for; its position table is resized to it. None: as stored.
         num_heads: for foreign widths that do not tell it.
-    Raises: CheckpointError for anything that cannot be explained: a missing block, an unknown key, a wrong shape.
+    Raises: CheckpointError for anything that cannot be explained: a missing block, an unknown key, a wrong shape;
+        NumericError for weights that are not finite.
     """
     state, layout, stored = _read(path, branch)
     name = shown(path)
     config = stored or _infer_config(state, num_heads, name)
     target = config if img_size is None else ViTConfig(**{**config.model_dump(), "img_size": img_size})
-    vit = ViT(target)
-    expected = vit.state_dict()
+    expected = _shapes(config, len(state), name)
     ignored = tuple(key for key in state if key not in expected and _NOT_BACKBONE.fullmatch(key))
     new = tuple(key for key in ("norm.weight", "norm.bias") if key not in state and "fc_norm.weight" in state)
     missing = sorted(set(expected) - set(state) - set(new))
@@ -150,16 +151,15 @@ def load_backbone(
     for kind, names in (("missing", missing), ("unknown", unknown)):
         if names:
             first = ", ".join(map(shown, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise CheckpointError(f"{name}: {len(names)} {kind} tensors: {first}; this is no plain ViT that can be loaded")
-    resized = ()
+            raise CheckpointError(f"{name}: {len(names)} {kind} tensors: {first}; this is no plain ViT")
+    _require_sound(state, expected, name)
+    resized: tuple[str, ...] = ()
     if target.grid != config.grid:
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], config.grid, target.grid)
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"].float(), config.grid, target.grid)
         resized = (f"pos_embed {config.grid[0]}x{config.grid[1]} -> {target.grid[0]}x{target.grid[1]}",)
-    for key, tensor in expected.items():
-        if key in state and state[key].shape != tensor.shape:
-            raise CheckpointError(f"{name}: {key} has shape {list(state[key].shape)}, expected {list(tensor.shape)}")
-    vit.load_state_dict({**expected, **{key: state[key].float() for key in expected if key in state}})
     loaded = tuple(key for key in expected if key in state)
+    vit = ViT(target)
+    vit.load_state_dict({**vit.state_dict(), **{key: state[key].float() for key in loaded}})
     return vit, LoadReport(layout, loaded, resized, new, ignored)
 
 
@@ -174,27 +174,33 @@ def read_weights(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's files keep their arguments in one
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise CheckpointError(f"{name}: not a safetensors file: {error}") from None
+        raise CheckpointError(f"{name}: not a safetensors file: {shown(str(error))}") from None
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to load {wanted[1]}" if wanted else "it holds more than tensors and plain values"
+        reason = f"it wants to load {shown(wanted[1])}" if wanted else "it holds more than tensors and plain values"
         raise CheckpointError(
-            f"{name}: refused, {reason}, and a pickle can run any code; save its state dict with safetensors where you trust it"
+            f"{name}: refused, {reason}, and a pickle can run any code; "
+            "save its state dict with safetensors where you trust it"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except RcmaeError:
+        raise
+    except Exception as error:  # a damaged file makes the readers raise anything: EOFError, IndexError, struct.error
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{name}: cannot be read as weights: {shown(reason)}") from None
 
 
 def _read(path: Path, branch: str) -> tuple[State, str, ViTConfig | None]:
-    if not path.is_dir():
-        state, layout = flat_state(read_weights(path), branch)
-        return renamed(state)[0], layout, None
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{shown(path)}: no {WEIGHTS} in it; expected a backbone directory, as `rcmae export` writes")
-    state, layout = renamed(read_weights(path / WEIGHTS))
+    folder = path.is_dir()
+    if folder and not (path / WEIGHTS).is_file():
+        raise CheckpointError(f"{shown(path)}: no {WEIGHTS} in it; expected a backbone directory of `rcmae export`")
+    content = read_weights(path / WEIGHTS if folder else path)
+    try:
+        state, layout = flat_state(content, branch)
+        state = renamed(state)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown(path)}: {error}") from None
+    if not folder:
+        return state, layout, None
     try:
         description = json.loads((path / CONFIG).read_bytes())
         if "rcmae" not in description:
@@ -202,25 +208,64 @@ def _read(path: Path, branch: str) -> tuple[State, str, ViTConfig | None]:
         return state, "rcmae backbone", ViTConfig.model_validate_json(json.dumps(description["rcmae"]["vit"]))
     except FileNotFoundError:
         return state, layout, None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{shown(path / CONFIG)}: not a backbone description: {str(error).splitlines()[0]}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{shown(path / CONFIG)}: not a backbone description: {_first_fault(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{shown(path / CONFIG)}: not a backbone description: {shown(str(error))}") from None
 
 
 def _infer_config(state: Mapping[str, Tensor], num_heads: int | None, name: str) -> ViTConfig:
-    try:
-        dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        num_patches = state["pos_embed"].shape[1] - 1
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{name}: no plain ViT: {error} is missing or of another shape") from None
-    depth = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
-    side = round(num_patches**0.5)
+    for key, num_axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2)):
+        if key not in state or state[key].ndim != num_axes:
+            raise CheckpointError(f"{name}: no plain ViT: {key} is missing or of another shape")
+    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    num_patches = state["pos_embed"].shape[1] - 1
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    depth = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.[0-9]{1,9}\.", key))
+    side = math.isqrt(max(num_patches, 0))
     heads = num_heads or HEADS_OF_WIDTH.get(dim)
     if heads is None:
         raise CheckpointError(f"{name}: weights of width {dim} do not tell the number of heads; give it as num_heads")
     if side * side != num_patches:
         raise CheckpointError(f"{name}: pos_embed of {num_patches} patches is not square; its grid cannot be told")
-    return ViTConfig(
-        img_size=(side * patch_size, side * patch_size), patch_size=patch_size, in_chans=channels, embed_dim=dim,
-        depth=depth, num_heads=heads, mlp_ratio=hidden / dim,
-    )  # fmt: skip
+    mlp_ratio = hidden / max(dim, 1)
+    if int(dim * mlp_ratio) < hidden:  # the quotient was rounded down, and a block rounds down once more
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    try:
+        return ViTConfig(
+            img_size=(side * patch_size, side * patch_size), patch_size=patch_size, in_chans=channels, embed_dim=dim,
+            depth=depth, num_heads=heads, mlp_ratio=mlp_ratio,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise CheckpointError(f"{name}: no plain ViT: {_first_fault(error)}") from None
+
+
+def _shapes(config: ViTConfig, num_tensors: int, name: str) -> dict[str, torch.Size]:
+    """Shape of every parameter, without memory for one: what a file says of its sizes may be anything."""
+    if config.depth > num_tensors:
+        raise CheckpointError(f"{name}: {num_tensors} tensors cannot make up {config.depth} blocks")
+    try:
+        with torch.device("meta"):
+            return {key: tensor.shape for key, tensor in ViT(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError):
+        raise CheckpointError(f"{name}: its sizes are too large for any model") from None
+
+
+def _require_sound(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name: str) -> None:
+    for key, shape in expected.items():
+        if key not in state:
+            continue
+        tensor = state[key]
+        if tensor.shape != shape:
+            raise CheckpointError(f"{name}: {key} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{name}: {key} is {tensor.dtype}, expected dense floating-point values")
+        if not torch.isfinite(tensor.float()).all():
+            raise NumericError(f"{name}: {key} holds non-finite values; such weights are not loaded")
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    key = ".".join(map(str, fault["loc"]))
+    text = fault["msg"].removeprefix("Value error, ").splitlines()[0]
+    return shown(f"{key}: {text}" if key else text)

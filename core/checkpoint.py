@@ -74,18 +74,19 @@ class CheckpointStore:
 
         Raises: CheckpointError if there are only damaged ones: that is never taken for a fresh start.
         """
-        damaged = []
+        found, damaged = None, []
         for step in sorted(self._steps(), reverse=True):
             try:
-                checkpoint = read_checkpoint(self._path(step))
+                found = read_checkpoint(self._path(step))
                 self._good.add(step)
-                if damaged:
-                    logger.warning("going on from step %d", step)
-                return checkpoint
+                break
             except CheckpointError as error:
-                damaged.append(step)
-                aside = self._move_aside(step)
-                logger.warning("checkpoint damaged: %s; moved to %s", error, aside.name)
+                damaged.append(f"checkpoint damaged: {error}; moved to {self._move_aside(step).name}")
+        for line in damaged:
+            logger.warning("%s%s", line, f"; going on from step {found.step}" if found else "")
+        if found:
+            self._drop_old()  # a crash may have come between writing and dropping
+            return found
         bad = sorted(self._folder.glob(".bad-*"))
         if bad:
             raise CheckpointError(
@@ -133,7 +134,7 @@ class CheckpointStore:
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
             files[f"{stem}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             self._fs.write(folder / f"{stem}.safetensors", data)
-        digest = _digest(files, state)
+        digest = _digest(step, files, state)
         manifest = {"format": FORMAT, "step": step, "digest": digest, "state": state, "files": files, "info": info}
         manifest["info"] = {**info, "written": time.strftime("%F %T %z")}
         self._fs.write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -144,11 +145,13 @@ class CheckpointStore:
         every = self._config.keep_every_steps
         kept = 0
         for step in sorted(self._steps(), reverse=True):
+            if kept >= self._config.keep and every and step % every == 0:
+                continue
             if not self._verifies(step):
                 logger.warning("checkpoint of step %d does not verify; moved to %s", step, self._move_aside(step).name)
             elif kept < self._config.keep:
                 kept += 1
-            elif not (every and step % every == 0):
+            else:
                 doomed = self._folder / f".del-{self._path(step).name}-{os.getpid()}"
                 self._fs.rename(self._path(step), doomed)
                 self._fs.remove_tree(doomed)
@@ -186,7 +189,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if manifest["format"] > FORMAT:
             raise CheckpointError(f"{name}: format {manifest['format']} is newer than this program; upgrade rcmae")
         step, files, state = int(manifest["step"]), dict(manifest["files"]), manifest["state"]
-        if _digest(files, state) != manifest["digest"]:
+        if _digest(step, files, state) != manifest["digest"]:
             raise CheckpointError(f"{name}/{MANIFEST}: does not match its own digest")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
@@ -215,8 +218,8 @@ def _read_file(path: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{name}: {error}") from None
 
 
-def _digest(files: dict[str, Any], state: dict[str, Any]) -> str:
-    identity = {"files": {name: files[name]["sha256"] for name in sorted(files)}, "state": state}
+def _digest(step: int, files: dict[str, Any], state: dict[str, Any]) -> str:
+    identity = {"step": step, "files": {name: files[name]["sha256"] for name in sorted(files)}, "state": state}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from core.errors import ConfigError, shown
 
-MAX_FILE_BYTES = 1_000_000
+MAX_FILE_BYTES = 32_000  # a resolved configuration has 2,000; more would take seconds to parse
 MAX_DEPTH = 16
 
 Tree = dict[str, Any]
@@ -66,7 +66,15 @@ def load_config(model: type[ConfigT], path: Path | None, overrides: Sequence[str
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML text that `load_config` reads back to the same model."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_scalar` would read as a number although YAML 1.1 would not, such as a folder called 1e-4."""
+
+    def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> yaml.ScalarNode:
+        ambiguous = tag.endswith(":str") and re.match(r"[-+.0-9]", value)
+        return super().represent_scalar(tag, value, "'" if ambiguous else style)
 
 
 def config_hash(config: Config) -> str:
@@ -111,7 +119,7 @@ def _read_with_base(path: Path) -> tuple[Tree, Origins]:
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree, origins
-    if not isinstance(base_name, str):
+    if not isinstance(base_name, str) or not base_name.isprintable():
         raise ConfigError(f"{origins['extends']}: extends: expected a file name, got {base_name!r}")
     base, base_origins = read_yaml(path.parent / base_name)
     if "extends" in base:
@@ -129,14 +137,14 @@ def _merged(base: Tree, top: Tree) -> Tree:
 
 def _apply_override(tree: Tree, origins: Origins, override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         problems.append(f"command line: {shown(override)}: expected key=value, as in epochs=10 or loader.num_workers=2")
         return
     try:
-        node = _compose(text, "command line")
-        value = _construct(node, "command line", key, {}) if node is not None else None
-    except ConfigError:
-        value = text  # a path or a name that is no YAML, such as `a: b` or `@x`
+        text.encode()
+    except UnicodeEncodeError:
+        problems.append(f"command line: {key}: {shown(text)}: not UTF-8 text; rename the file, or give a link to it")
+        return
     *groups, leaf = key.split(".")
     branch = tree
     for group in groups:
@@ -144,8 +152,22 @@ def _apply_override(tree: Tree, origins: Origins, override: str, problems: list[
         if not isinstance(branch, dict):
             problems.append(f"command line: {key}: {group} is a single value, not a group of keys")
             return
-    branch[leaf] = value
-    origins[key] = "command line"
+    inner: Origins = {}
+    branch[leaf] = _override_value(text, key, inner)
+    origins.update(dict.fromkeys([key, *inner], "command line"))
+
+
+def _override_value(text: str, key: str, origins: Origins) -> Any:
+    """One number, word, quoted text, [list] or {group} as YAML reads it; any other text, such as a path, as it is."""
+    try:
+        node = _compose(text, "command line")
+        block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # `a: b` and `- a` are odd names
+        cut = isinstance(node, yaml.ScalarNode) and node.style is None and node.value != text  # `a #1` is no comment
+        if node is None or block or cut:
+            return text or None
+        return _construct(node, "command line", key, origins)
+    except ConfigError:
+        return text
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
@@ -164,7 +186,8 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{name}{line}: not YAML: {shown(problem)}") from None
 
 
 def _construct(node: yaml.Node, name: str, key: str, origins: Origins) -> Any:
@@ -195,12 +218,12 @@ def _scalar(node: yaml.ScalarNode, name: str) -> str | int | float | bool | None
         return text.lower() == "true"
     if re.fullmatch(r"[-+]?[0-9]{1,400}", text):
         return int(text)
-    if re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", text):
+    if re.fullmatch(r"0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}", text):
         return int(text, 0)
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
         value = float(text)
         if abs(value) == float("inf"):
-            raise ConfigError(f"{name}:{node.start_mark.line + 1}: {text}: too large for a number")
+            raise ConfigError(f"{name}:{node.start_mark.line + 1}: {text[:40]}: too large for a number")
         return value
     if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
         raise ConfigError(f"{name}:{node.start_mark.line + 1}: {text}: expected a finite number")
@@ -209,11 +232,12 @@ def _scalar(node: yaml.ScalarNode, name: str) -> str | int | float | bool | None
 
 def _lines_of(error: ValidationError, model: type[Config], origins: Origins, where: str) -> Iterator[str]:
     for item in error.errors():
-        location = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
+        location = [part for part in item["loc"] if isinstance(part, str)]
         key = ".".join(location)
         while key and not any(known == key for known in dotted_keys(model)) and item["type"] != "extra_forbidden":
             key = key.rpartition(".")[0]  # drops pydantic's names for the members of a union
-        at = origins.get(key, where)
+        below = (at for name, at in origins.items() if name.startswith(f"{key}."))  # a group that should be a value
+        at = origins.get(key) or next(below, where)
         if item["type"] == "extra_forbidden":
             yield f"{at}: {shown(key)}: unknown key{_nearest(key, model)}"
         elif item["type"] == "missing":
@@ -222,7 +246,7 @@ def _lines_of(error: ValidationError, model: type[Config], origins: Origins, whe
             yield from (f"{at}: {line}" for line in str(item["ctx"]["error"]).splitlines())
         else:
             expected = item["msg"].replace("Input should be ", "expected ")
-            yield f"{at}: {key}: {expected[0].lower()}{expected[1:]}, got {shown(json.dumps(item['input']))}"
+            yield f"{at}: {key}: {expected[0].lower()}{expected[1:]}, got {shown(json.dumps(item['input']))[:100]}"
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -240,7 +264,10 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 def _nearest(key: str, model: type[Config]) -> str:
     known = list(dotted_keys(model))
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
+    if key in known:
+        return "; in a file a group is written as a key of its own, with its keys indented below"
+    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    by_leaf = {name.rpartition(".")[2]: name for name in (*reversed(known), *siblings)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.75)
     match = by_leaf[leaf[0]] if leaf else (close[0] if close else None)

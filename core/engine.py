@@ -159,9 +159,9 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
     progress = restore(task, resumed, run) if resumed else Progress()
     guard = FiniteGuard(run.device)
     skipped_before = progress.skipped
-    meter = _Meter(task, feed, run, progress.step)
     if progress.step == 0:
         _evaluate(task, run, 0)
+    meter = _Meter(feed, run, progress.step)
     saved_step = progress.step if resumed else -1
     with stop_signal() as stopped, worker_faults():
         try:
@@ -175,7 +175,8 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
                 _check(counts, progress, skipped_before, saved_step)
                 meter.update(progress.step, figures)
                 if progress.step % run.config.evaluate_every_steps == 0 or progress.step == run.plan.total_steps:
-                    _evaluate(task, run, progress.step)
+                    with meter.paused():
+                        _evaluate(task, run, progress.step)
                 if due:
                     save(task, feed, progress, run)
                     saved_step = progress.step
@@ -332,12 +333,19 @@ def _evaluate(task: Task, run: Fit, step: int) -> None:
 class _Meter:
     """Figures of the last log interval: losses, images/s, share of time waiting for data, memory, ETA."""
 
-    def __init__(self, task: Task, feed: Feed, run: Fit, step: int) -> None:
+    def __init__(self, feed: Feed, run: Fit, step: int) -> None:
         self._feed, self._run = feed, run
         self._bar = ProgressBar(run.log.console, run.plan.total_steps, step)
         self._sums: dict[str, Any] = {}
         self._first, self._start = step, time.perf_counter()
         feed.wait_s = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluations are no training time."""
+        begun = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begun
 
     def update(self, step: int, figures: dict[str, Any]) -> None:
         for name, value in figures.items():

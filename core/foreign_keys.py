@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, shown
 
 State = dict[str, Tensor]
 
@@ -38,10 +38,12 @@ def flat_state(content: Any, branch: str) -> tuple[State, str]:
         for key in ("model", "state_dict"):
             if isinstance(content.get(key), Mapping):
                 return _without_prefix(content[key]), f"MAE ('{key}')"
-        if content and all(isinstance(value, Tensor) for value in content.values()):
+        if content and all(isinstance(k, str) and isinstance(value, Tensor) for k, value in content.items()):
             return renamed(dict(content))
-        keys = ", ".join(map(str, list(content)[:6]))
-        raise CheckpointError(f"no weights found among its keys ({keys}); expected 'model', 'teacher' and 'student', or tensors")
+        keys = shown(", ".join(map(str, list(content)[:6])))
+        raise CheckpointError(
+            f"no weights found among its keys ({keys}); expected 'model', 'teacher' and 'student', or tensors"
+        )
     raise CheckpointError(f"holds a {type(content).__name__}, expected a dictionary of weights")
 
 
@@ -53,10 +55,12 @@ def renamed(state: State) -> tuple[State, str]:
 
 
 def _without_prefix(state: Mapping[str, Any]) -> State:
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if any(key.startswith("module.") for key in tensors):  # a DDP wrapper's names
-        return {key.removeprefix("module."): value for key, value in tensors.items() if key.startswith("module.")}
-    return tensors
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{shown(str(key))}: not a named tensor, as everything in a state dict should be")
+    if any(key.startswith("module.") for key in state):  # a DDP wrapper's names
+        return {key.removeprefix("module."): value for key, value in state.items() if key.startswith("module.")}
+    return dict(state)
 
 
 def _from_hugging_face(state: State) -> State:
@@ -77,5 +81,9 @@ def _from_hugging_face(state: State) -> State:
         out[whole or (f"{start}{part}{dot}{leaf}" if part else name)] = value
     for name, parts in attention.items():
         if set(parts) == {"query", "key", "value"}:
-            out[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+            try:
+                out[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+            except RuntimeError:
+                shapes = ", ".join(f"{part} {list(parts[part].shape)}" for part in sorted(parts))
+                raise CheckpointError(f"{name}: shapes that do not go together: {shapes}") from None
     return out

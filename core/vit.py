@@ -55,7 +55,7 @@ class ViTConfig(Config):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the patch convolution under timm's name; applied as a linear map on flattened patches, which is the same."""
+    """Holds the patch convolution under timm's name; applied as a linear map on flat patches, which is the same."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many are queries and returned."""
+        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many query, and are returned."""
         if num_queries is None:
             q, k, v = self._heads(self.qkv(x), 3)
         else:
@@ -144,7 +144,11 @@ class ViT(nn.Module):
             images: [B, C, H, W] float, normalised; H and W as configured.
             ids_keep: [B, K] patch indices that the encoder sees, in the order wanted; None keeps all L.
         Returns: [B, 1 + K, D] (K = L without `ids_keep`).
+        Raises: ValueError for images of another size, which would get positions that are not theirs.
         """
+        if images.shape[1:] != (self.config.in_chans, *self.config.img_size):
+            expected = [self.config.in_chans, *self.config.img_size]
+            raise ValueError(f"tokens: images [C, H, W] are {list(images.shape[1:])}, expected {expected}")
         patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
         return self.encode(patches if ids_keep is None else gather_patches(patches, ids_keep), ids_keep)
 
@@ -169,8 +173,9 @@ class ViT(nn.Module):
         if unknown:
             raise ValueError(f"feature_maps: block_ids {unknown} are not in 0..{len(self.blocks) - 1}")
         grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
+        patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
-        x = self.patch_embed(patchify(images, self.config.patch_size)) + pos_embed[:, 1:]  # [B, L, D]
+        x = self.patch_embed(patches) + pos_embed[:, 1:]  # [B, L, D]
         x = self._with_cls(x, pos_embed)  # [B, 1 + L, D]
         maps = {}
         for i, block in enumerate(self.blocks[: max(block_ids) + 1]):

@@ -394,7 +394,8 @@ def _finish(
     }  # fmt: skip
     export_backbone(directory.path / "backbone", task.exported, provenance, mean=config.mean, std=config.std)
     rows = read_metrics(directory.path / "metrics.jsonl")
-    draw_curves(rows, directory.path / "curves.png", f"{directory.path.name}: {config.method}")
+    if config.log.curves:
+        draw_curves(rows, directory.path / "curves.png", f"{directory.path.name}: {config.method}")
     newest = store.newest()
     assert newest is not None, "a finished run has a checkpoint"
     figures: dict[str, float] = {}

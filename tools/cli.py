@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from core.errors import ConfigError, MachineError, RcmaeError, shown
+from core.errors import ConfigError, MachineError, Preempted, RcmaeError, shown
 
 app = typer.Typer(
     add_completion=False,
@@ -114,8 +114,9 @@ def guarded(command: Callable[[], Any]) -> int:
 
 
 def _fail(error: RcmaeError) -> int:
+    prefix = "" if isinstance(error, Preempted) else "error: "
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{prefix}{line}", file=sys.stderr)
     return error.exit_code
 
 

@@ -1,0 +1,31 @@
+"""A pretraining run small enough to be run many times: a few drawn images and a ViT of a few thousand parameters."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def draw_images(folder: Path, count: int = 48, side_px: int = 20) -> Path:
+    """JPEG images of coloured noise in two class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / ("even" if i % 2 == 0 else "odd") / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = rng.integers(0, 256, 3)
+        pixels = np.clip(colour + rng.normal(0, 40, (side_px, side_px, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path, quality=95)
+    return folder
+
+
+def tiny_overrides(data: Path, out: Path, **changes: object) -> list[str]:
+    """Overrides of a run of six steps on 48 images, three checkpoints."""
+    values: dict[str, object] = {
+        "data": data, "out": out, "cache": out.parent / "cache", "model": "tiny", "img_size": 16, "batch_size": 16,
+        "epochs": 2, "warmup_epochs": 0.5, "blr": 0.1, "momentum": 0.9, "vit.patch_size": 4, "vit.embed_dim": 16,
+        "vit.depth": 1, "vit.num_heads": 2, "decoder.embed_dim": 8, "decoder.depth": 1, "decoder.num_heads": 2,
+        "checkpoint.every_steps": 2, "log.every_steps": 1, "log.tensorboard": False, "log.curves": False, "loader.num_workers": 0,
+        "picture_images": 1, "device": "cpu",
+    }  # fmt: skip
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
