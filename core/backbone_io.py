@@ -258,10 +258,17 @@ def _require_sound(state: Mapping[str, Tensor], expected: Mapping[str, torch.Siz
         tensor = state[key]
         if tensor.shape != shape:
             raise CheckpointError(f"{name}: {key} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        if not (tensor.is_floating_point() and _is_stored_whole(tensor)):
             raise CheckpointError(f"{name}: {key} is {tensor.dtype}, expected dense floating-point values")
         if not torch.isfinite(tensor.float()).all():
             raise NumericError(f"{name}: {key} holds non-finite values; such weights are not loaded")
+
+
+def _is_stored_whole(tensor: Tensor) -> bool:
+    """Not sparse, without data, or a small storage spread over a large shape: what it takes is what the file holds."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _first_fault(error: ValidationError) -> str:

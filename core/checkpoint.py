@@ -5,7 +5,7 @@
     checkpoints/.del-...        being deleted; removed at the next start
     checkpoints/.bad-...        did not verify; moved aside, never deleted, for a person to look at
 
-There is no pointer file: the newest checkpoint that verifies is the latest one. Protocol and measurements: docs/architecture.md.
+There is no pointer file: the newest checkpoint that verifies is the latest. The protocol: docs/architecture.md.
 """
 
 import hashlib
@@ -199,7 +199,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if present != set(files):
         odd = shown(sorted(present ^ set(files))[0])
         raise CheckpointError(f"{name}/{odd}: {'missing' if odd in files else 'not listed in the manifest'}")
-    return Checkpoint(step, {Path(n).stem: _read_file(folder / n, files[n]) for n in files}, state, manifest["digest"], manifest)
+    return Checkpoint(
+        step, {Path(n).stem: _read_file(folder / n, files[n]) for n in files}, state, manifest["digest"], manifest
+    )
 
 
 def _read_file(path: Path, expected: dict[str, Any]) -> dict[str, Tensor]:

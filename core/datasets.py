@@ -12,6 +12,8 @@ import logging
 import os
 import shutil
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -119,9 +121,10 @@ def pick_split(source: ImageSource, names: tuple[str, ...]) -> ImageSource | Non
     found = next((name for name in names if name in folders), None)
     if found is None:
         return None
-    keep = np.flatnonzero(np.array(folders) == found)
-    origin = f"{source.origin} ({found})"
-    return _with_classes(replace(source.subset(keep), origin=origin, classes=source.classes if source.labels is not None else ()))
+    split = source.subset(np.flatnonzero(np.array(folders) == found))
+    if found in source.classes:  # without folders below, the splits themselves were taken for classes
+        split = replace(split, labels=None, classes=())
+    return _with_classes(replace(split, origin=f"{source.origin} ({found})"))
 
 
 def labelled_pair(data: str, cache: Path) -> tuple[ImageSource, ImageSource]:
@@ -134,7 +137,7 @@ def labelled_pair(data: str, cache: Path) -> tuple[ImageSource, ImageSource]:
     if train is None or test is None:
         chosen = np.arange(len(whole)) % 5 == 0
         train, test = whole.subset(np.flatnonzero(~chosen)), whole.subset(np.flatnonzero(chosen))
-    if train.labels is None or test.labels is None:
+    if train.labels is None or test.labels is None or len(train.classes) < 2:
         layout = "train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
         raise DataError(f"{shown(data)}: no class folders; a labelled set is an ImageFolder, {layout}")
     if train.classes != test.classes:
@@ -144,8 +147,9 @@ def labelled_pair(data: str, cache: Path) -> tuple[ImageSource, ImageSource]:
 
 
 def _tar_paths(data: str, cache: Path) -> list[Path]:
+    pattern = "{" in data and not Path(data).exists()
     try:
-        paths = [Path(name) for name in braceexpand.braceexpand(data)] if "{" in data else [Path(data)]
+        paths = [Path(name) for name in braceexpand.braceexpand(data)] if pattern else [Path(data)]
     except braceexpand.UnbalancedBracesError:
         paths = [Path(data)]
     for path in paths:
@@ -164,7 +168,7 @@ def _tar_paths(data: str, cache: Path) -> list[Path]:
 
 def unpacked(path: Path, cache: Path) -> Path:
     """The plain tar of a compressed one, written into the cache on first use (whole or not at all)."""
-    target = cache / f"{path.name.split('.')[0]}-{_fingerprint([path])}.tar"
+    target = cache / f"{path.name.split('.')[0][:40]}-{_fingerprint([path])}.tar"
     if target.exists():
         return target
     _make_cache(cache)
@@ -176,9 +180,11 @@ def unpacked(path: Path, cache: Path) -> Path:
             shutil.copyfileobj(packed, out, 1 << 20)
             out.flush()
             os.fsync(out.fileno())
+        if not tarfile.is_tarfile(temporary):
+            raise DataError(f"{shown(path)}: no tar inside; expected a compressed tar")
         temporary.rename(target)
         logger.info("unpacked %s: %.1f MiB", shown(target.name), target.stat().st_size / 2**20)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{shown(path)}: not a whole gzip file ({error}); fetch it again") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -201,8 +207,8 @@ def _open_tars(data: str, tars: list[Path], cache: Path) -> ImageSource:
     index_path = cache / f"index-{_fingerprint(tars)}.npz"
     try:
         with np.load(index_path, allow_pickle=False) as stored:
-            index = dict(stored)
-    except (OSError, ValueError, KeyError, EOFError):
+            index = {key: stored[key] for key in ("names", "tar_of", "offsets", "sizes", "labels")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         index = _index_tars(tars)
         _make_cache(cache)
         buffer = io.BytesIO()
@@ -222,8 +228,8 @@ def _index_tars(tars: list[Path]) -> dict[str, np.ndarray]:
             for name, offset, size, label in _tar_rows(path):
                 names.append(name)
                 rows.append((number, offset, size, label))
-        except tarfile.TarError as error:
-            raise DataError(f"{shown(path)}: not a whole tar file ({error}); fetch it again") from None
+        except (tarfile.TarError, ValueError) as error:  # ValueError: nonsense in an extended header
+            raise DataError(f"{shown(path)}: not a whole tar file ({shown(str(error))}); fetch it again") from None
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     fields = dict(zip(("tar_of", "offsets", "sizes", "labels"), table.T.copy(), strict=True))
     order = np.argsort(np.array(names, dtype=np.bytes_), kind="stable") if len(tars) == 1 else np.arange(len(names))
@@ -232,22 +238,25 @@ def _index_tars(tars: list[Path]) -> dict[str, np.ndarray]:
 
 def _tar_rows(path: Path) -> Iterator[tuple[bytes, int, int, int]]:
     """(name, offset, size, label) of every image in a tar; the label from webdataset's `.cls` beside it, else -1."""
-    images: dict[str, tuple[bytes, int, int]] = {}
+    images: dict[str, tuple[int, int]] = {}  # by name: the later of two members of one name counts, as when unpacking
     labels: dict[str, int] = {}
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, extension = os.path.splitext(member.name)  # noqa: PTH122: a member is no path
             hidden = PurePosixPath(member.name).name.startswith(".")
             if not member.isreg() or hidden:
                 continue
             if extension.lower() in EXTENSIONS:
-                images[key] = (os.fsencode(member.name), member.offset_data, member.size)
-            elif extension == ".cls" and member.size < 20:
+                images[member.name] = (member.offset_data, member.size)
+            elif extension == ".cls" and member.size < 8:
                 content = tar.extractfile(member)
                 text = content.read() if content else b""
                 labels[key] = int(text) if text.strip().isdigit() else -1
-    for key, (name, offset, size) in images.items():
-        yield name, offset, size, labels.get(key, -1)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut or broken header for the end
+            raise tarfile.ReadError("end mark missing")
+    for name, (offset, size) in images.items():
+        yield os.fsencode(name), offset, size, labels.get(os.path.splitext(name)[0], -1)  # noqa: PTH122
 
 
 def _open_folder(data: str) -> ImageSource:
@@ -260,17 +269,21 @@ def _open_folder(data: str) -> ImageSource:
 
 def _walk(root: Path) -> Iterator[bytes]:
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link back up: do not go round for ever
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:  # noqa: PTH122
                 yield os.fsencode(name if prefix == "." else f"{prefix}/{name}")
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{shown(str(error.filename))}: cannot be listed: {error.strerror}; allow it, or leave it out")
 
 
 def _with_classes(source: ImageSource) -> ImageSource:

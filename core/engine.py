@@ -1,8 +1,8 @@
 """The one training loop: Task protocol, `train_step`, `fit`.
 
-A step: take the micro-batches of one global batch, accumulate gradients, decide on the device whether loss and gradient
-are finite, update or suppress, let the task follow (EMA). Nothing is read from the device off the log interval except the
-finite counters, copied without blocking and read two steps later.
+A step: take the micro-batches of one global batch, accumulate gradients, decide on the device whether loss and
+gradient are finite, update or suppress, let the task follow (EMA). Off the log interval nothing is read from the device
+but the finite counters, copied without blocking and read two steps later.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
@@ -25,6 +25,7 @@ from core.config import Config
 from core.errors import CheckpointError, ConfigError, NumericError, Preempted
 from core.loader import Feed, worker_faults
 from core.log import LogConfig, ProgressBar, RunLog
+from core.machine import memory_gib
 from core.optim import load_optimizer_state, optimizer_state
 
 MAX_NON_FINITE_IN_ROW = 3
@@ -251,12 +252,14 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
     try:
         for stem, module in task.modules().items():
             module.load_state_dict(checkpoint.tensors[stem])
-        names = {parameter: name for name, parameter in task.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
         load_optimizer_state(run.optimizer, names, checkpoint.tensors["optimizer"])
         progress = Progress(**checkpoint.state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}") from None
+        raise CheckpointError(
+            f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}"
+        ) from None
     for key in ("threads", "device", "torch", "instruction_set", "rng"):
         before, now = checkpoint.manifest["info"].get(key), run.info.get(key)
         if before != now:
@@ -267,7 +270,7 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
 
 def save(task: Task, feed: Feed, progress: Progress, run: Fit) -> str:
     """Write the checkpoint of the finished step; returns its digest. Call only after its finite flags were read."""
-    names = {parameter: name for name, parameter in task.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
     tensors = {stem: dict(module.state_dict()) for stem, module in task.modules().items()}
     tensors["optimizer"] = optimizer_state(run.optimizer, names)
     state = {
@@ -369,12 +372,3 @@ class _Meter:
 
     def stop(self) -> None:
         self._bar.stop()
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: of the GPU where there is one, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -5,6 +5,7 @@ white; 16-bit grey is scaled by its value range; of an animation the first frame
 """
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -13,7 +14,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from core.errors import shown
+
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: Pillow would run its program
 MAX_PIXELS = 64_000_000
 _MODES = {1: "L", 3: "RGB"}
 
@@ -36,8 +40,8 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tens
         raise BadImage("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # on bombs, whose limit is ours, and on odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadImage(f"{width}x{height} px is over the limit of {max_pixels / 1e6:g} megapixels")
@@ -46,7 +50,7 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tens
                 return _decode_with_pil(image, channels)
     except BadImage:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise BadImage(f"over the limit of {max_pixels / 1e6:g} megapixels") from None
     except MemoryError:
         raise
@@ -85,5 +89,5 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or of an unknown format"
-    text = str(error).split("torchvision/csrc/io/image/cpu/")[-1].partition(": ")[-1] or str(error)
-    return f"broken image: {' '.join(text.split())[:100] or type(error).__name__}"
+    text = re.split(r"\.cpp:\d+\W+", str(error))[-1]  # torchvision names its source file first
+    return f"broken image: {shown(' '.join(text.split()))[:100] or type(error).__name__}"

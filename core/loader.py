@@ -35,7 +35,7 @@ class LoaderConfig(Config):
 
     num_workers: int | None = Field(None, ge=0)  # None: half the cores on a CPU, up to 16 beside a GPU
     max_broken_share: float = Field(0.01, ge=0, le=1)  # of the distinct images; beyond it training ends with an error
-    max_pixels: int = Field(MAX_PIXELS, gt=0)  # larger images count as broken: decompression bombs
+    max_pixels: int = Field(MAX_PIXELS, gt=0, le=178_000_000)  # larger images count as broken; Pillow has no more
     timeout_s: int = Field(300, gt=0)  # longest wait for one batch before the run ends
     stream_images: int | None = Field(None, gt=0)  # images in all shards; needed for data=https://..., which cannot be counted
 
@@ -113,10 +113,7 @@ class TrainingImages(Dataset):
             except BadImage as error:
                 broken.append(Broken(self.source.name(index), str(error)))
                 index = int(replacements.integers(len(self.source)))
-        last = broken[-1]
-        raise DataError(
-            f"{shown(self.source.origin)}: {MAX_TRIES} broken images in a row, the last {last.name}: {last.reason}"
-        )
+        raise _nothing_but_broken(broken)
 
 
 @dataclass(frozen=True)
@@ -138,16 +135,26 @@ class StreamedImages(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         samples: list[Any] = []
         broken: list[Broken] = []
+        in_a_row = 0
         for shard, name, data in self.stream.images(self.first_shard, worker, num_workers):
             try:
                 image = decode(data, self.channels, self.max_pixels)
             except BadImage as error:
                 broken.append(Broken(shown(name), str(error)))
+                in_a_row += 1
+                if in_a_row == MAX_TRIES:
+                    raise _nothing_but_broken(broken) from None
                 continue
+            in_a_row = 0
             samples.append(self.prepare(image, sample_rng(self.seed, shard, zlib.crc32(name.encode("utf-8", "replace")))))
             if len(samples) == self.micro_batch:
                 yield Loaded(self.collate(samples), tuple(broken), shard)
                 samples, broken = [], []
+
+
+def _nothing_but_broken(broken: Sequence[Broken]) -> DataError:
+    name, reason = broken[-1]
+    return DataError(f"{MAX_TRIES} broken images in a row, the last {name}: {reason}; give data of whole images")
 
 
 def read_image(source: ImageSource, index: int, channels: int, max_pixels: int) -> Tensor:
@@ -252,10 +259,12 @@ class Feed:
 def worker_faults() -> Iterator[None]:
     """Turn the death or silence of a loader worker, which torch reports at any line of the main process, into its error.
 
-    Raises: MachineError.
+    Raises: MachineError; DataError without the traceback that torch puts around one from a worker.
     """
     try:
         yield
+    except DataError as error:
+        raise DataError(str(error).rpartition("core.errors.DataError: ")[2].strip()) from None
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

@@ -3,8 +3,8 @@
 import json
 import logging
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,13 @@ class LogConfig(Config):
 class RunLog:
     """Log files of one run directory; a resumed run drops what was logged beyond the step that it resumes from."""
 
-    def __init__(self, folder: Path, config: LogConfig, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, config: LogConfig, console: Console) -> None:
         self._folder = folder
         self._config = config
-        self.console = console or Console(stderr=False)
-        self._handlers = [_ConsoleHandler(self.console), logging.FileHandler(folder / "train.log", encoding="utf-8")]
-        self._handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        for handler in self._handlers:
-            logger.addHandler(handler)
+        self.console = console
+        self._file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(self._file)
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._metrics: Any = None
@@ -95,9 +92,22 @@ class RunLog:
                 writer.close()
         if self._wandb:
             self._wandb.finish()
-        for handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
+        logger.removeHandler(self._file)
+        self._file.close()
+
+
+@contextmanager
+def console_logging() -> Iterator[Console]:
+    """While open, what the program says goes to the terminal; yields the console, for a progress bar to share."""
+    console = Console()
+    handler = _ConsoleHandler(console)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield console
+    finally:
+        logger.removeHandler(handler)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -187,12 +197,9 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
         if i >= len(names) - columns:
             axes.set_xlabel("optimizer step", fontsize=8)
     # By hand: matplotlib's own layout takes longer than a short run.
-    figure.subplots_adjust(left=0.05, right=0.98, top=1 - 0.7 / (0.5 + 2.7 * lines), bottom=0.15 / lines, hspace=0.35, wspace=0.2)
+    figure.subplots_adjust(
+        left=0.05, right=0.98, top=1 - 0.7 / (0.5 + 2.7 * lines), bottom=0.15 / lines, hspace=0.35, wspace=0.2
+    )
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.rename(path)
-
-
-def stdout_console() -> Console:
-    """The console that runs talk to; wide where the output is no terminal, so that lines are not folded."""
-    return Console() if sys.stdout.isatty() else Console(width=200)

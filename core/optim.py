@@ -37,7 +37,7 @@ def warmup_cosine(epoch: float, *, lr: float, epochs: float, warmup_epochs: floa
 
 
 def cosine_momentum(step: int, *, momentum: float, total_steps: int) -> float:
-    """EMA momentum that rises from `momentum` at step 0 to 1 at `total_steps` along half a cosine (spec section 4.1)."""
+    """EMA momentum that rises from `momentum` at step 0 to 1 at `total_steps` along half a cosine (spec 4.1)."""
     return 1.0 + 0.5 * (momentum - 1.0) * (1.0 + math.cos(math.pi * step / total_steps))
 
 
@@ -46,7 +46,8 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 
     Class and mask tokens are 3-D and decay, as in the published runs. Source: spec section 5.1.
     """
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
@@ -58,7 +59,7 @@ def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's tensors under readable names, `<parameter>.<field>`, as a checkpoint stores them."""
     return {
         f"{names[parameter]}.{field}": value
@@ -68,7 +69,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, 
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_state`. Raises: ValueError if a parameter has no state there, or a state no parameter."""
     by_name = {name: parameter for parameter, name in names.items()}

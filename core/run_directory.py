@@ -1,21 +1,14 @@
 """The directory of one run: its lock, resolved configuration, environment, logs, checkpoints and final figures."""
 
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.config import Config, differences, dump_config, read_yaml
 from core.errors import ConfigError, MachineError, shown
 from core.files import RunLock, replace_file
+from core.machine import environment
 
 LOCK_NAME = ".lock"
 
@@ -58,10 +51,12 @@ class RunDirectory:
                 if not any(line.startswith((f"{key}:", f"{key}.")) for key in harmless)
             ]
             if changed:
-                raise ConfigError("\n".join(
-                    f"out={shown(self.path)}: holds a run with another {line}; give another out=, or the old value"
-                    for line in changed
-                ))
+                raise ConfigError(
+                    "\n".join(
+                        f"out={shown(self.path)}: holds a run with another {line}; give another out=, or the old value"
+                        for line in changed
+                    )
+                )
         elif any(entry.name not in {LOCK_NAME, "checkpoints"} for entry in self.path.iterdir()):
             raise ConfigError(f"out={shown(self.path)}: holds other files and no run; give a new or empty folder")
         replace_file(stored, dump_config(config).encode())
@@ -74,33 +69,3 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back."""
         self._lock.release()
-
-
-def environment() -> dict[str, Any]:
-    """What a figure must be read with: command, versions, machine, commit."""
-    packages = ("torch", "torchvision", "numpy", "pillow", "safetensors", "timm")
-    return {
-        "command": [shown(arg) for arg in sys.argv],
-        "started": time.strftime("%F %T %z"),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git_commit": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of this clone, with `+` if tracked files differ from it; None outside a clone."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        head, changes = (
-            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10).stdout  # noqa: S603, S607
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.strip() + ("+" if changes.strip() else "")

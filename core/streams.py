@@ -4,12 +4,14 @@ Shards are read in an order drawn from (seed, epoch). Every batch carries the po
 resumed run starts at the first shard that some worker had not finished, so up to one shard per worker is seen twice.
 """
 
+import http.client
 import tarfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 import braceexpand
 import numpy as np
@@ -75,14 +77,37 @@ def expand_urls(data: str) -> tuple[str, ...]:
 
 def shard_images(url: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every image in one shard, in order. Raises: DataError naming the URL."""
-    shard, count = PurePosixPath(urllib.parse.urlsplit(url).path).name, 0
+    name, count = PurePosixPath(urllib.parse.urlsplit(url).path).name, 0
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as stream:  # noqa: S310: the scheme was checked
-            for member in tar_file_iterator(stream):
-                if PurePosixPath(member["fname"]).suffix.lower() in EXTENSIONS:
+            shard = _Tail(stream)
+            for member in tar_file_iterator(shard):
+                path = PurePosixPath(member["fname"])
+                if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
                     count += 1
-                    yield f"{shard}/{member['fname']}", member["data"]
-    except (OSError, EOFError, tarfile.TarError) as error:
+                    yield f"{name}/{path}", member["data"]
+            shard.require_end()
+    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
         raise DataError(f"{shown(url)}: cannot be streamed: {shown(str(error))}") from None
     if not count:
         raise DataError(f"{shown(url)}: no images in this shard; expected members such as 000001.jpg")
+
+
+class _Tail:
+    """Passes a stream on and keeps its last block: tarfile takes a connection lost between two members for the end."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._last = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._last = (self._last + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+    def require_end(self) -> None:
+        """Raise tarfile.ReadError if the stream does not end with the zeros that end a tar."""
+        while self.read(1 << 20):
+            pass
+        if self._last != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("end mark missing, the shard is cut off")

@@ -57,6 +57,9 @@ def resize_center_crop(image: Tensor, size: tuple[int, int], crop_ratio: float) 
     The image is scaled so that `size` covers `crop_ratio` of it (224 of 256 at 0.875), bicubic, as published.
     """
     H, W = image.shape[-2:]
+    if max(H, W) > 16 * min(H, W):  # a strip would grow to gigabytes, of which only the middle is kept
+        image = VF.center_crop(image, [min(H, 16 * W), min(W, 16 * H)])
+        H, W = image.shape[-2:]
     scale = max(int(size[0] / crop_ratio) / H, int(size[1] / crop_ratio) / W)
     target = max(size[1], int(W * scale + 1e-6)), max(size[0], int(H * scale + 1e-6))  # PIL: (width, height)
     pixels = image.permute(1, 2, 0).numpy()  # [H, W, C]

@@ -1,4 +1,4 @@
-"""What the pretraining loader makes of an image: one random crop, maybe mirrored, and the noise that masks are drawn from."""
+"""What the pretraining loader makes of an image: one random crop, maybe mirrored, and the noise of its masks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

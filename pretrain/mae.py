@@ -1,8 +1,8 @@
 """Masked autoencoder: masking, visible tokens, encoder, decoder, predictions of the hidden patches.
 
 Letters: B batch, L patches, K kept (visible), M hidden = L - K, D encoder width, E decoder width, V values per patch.
-Source: He et al., arXiv:2111.06377; spec sections 1 to 3. Only equivalences that re-associate sums are used (spec 7.1 a,
-b, c, f to i): what the loss never reads is not computed, and the decoder keeps the shuffled order [class, visible, hidden].
+Source: He et al., arXiv:2111.06377; spec sections 1 to 3. Only equivalences that re-associate sums are used (spec 7.1
+a, b, c, f to i): what the loss never reads is not computed, and the decoder keeps the shuffled order.
 """
 
 from collections.abc import Iterator
@@ -107,7 +107,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 def reconstruction_target(patches: Tensor, norm_pix_loss: bool) -> Tensor:
     """What is predicted for patches [B, M, V]: the pixels, or each patch normalised by its own mean and variance.
 
-    The variance is unbiased (V - 1) and 1e-6 is added inside the root: a constant patch gives 0. Source: spec section 3.
+    The variance is unbiased (V - 1) and 1e-6 is added inside the root: a constant patch gives 0. Spec section 3.
     """
     if not norm_pix_loss:
         return patches

@@ -1,4 +1,4 @@
-"""The published sizes by name. Source: spec section 1; the decoder differs for tiny and small, so it is not part of the ViT."""
+"""The published sizes by name (spec section 1). The decoder differs for tiny and small: it is no part of the ViT."""
 
 from core.vit import ViTConfig
 from pretrain.mae import DecoderConfig

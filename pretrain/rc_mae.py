@@ -65,7 +65,9 @@ class RCMAETask:
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
             # The fixed position tables are equal for ever and need no update.
-            self._pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad]
+            self._pairs = [
+                (t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad
+            ]
 
     def losses(self, batch: PretrainBatch, step: int) -> dict[str, Tensor]:
         """Mean squared errors over hidden patches: reconstruction, and gamma times consistency."""
@@ -83,11 +85,13 @@ class RCMAETask:
         return losses
 
     @torch.no_grad()
-    def _teacher_prediction(self, batch: PretrainBatch, patches: Tensor, ids_keep: Tensor, ids_hidden: Tensor) -> Tensor:
+    def _teacher_prediction(
+        self, batch: PretrainBatch, patches: Tensor, ids_keep: Tensor, ids_hidden: Tensor
+    ) -> Tensor:
         assert self.teacher is not None, "only RC-MAE has a teacher"
         if batch.teacher_noise is None:
             return self.teacher(patches, ids_keep, ids_hidden)
-        # With a mask of its own the teacher may see what the student must predict; the student's mask decides what counts.
+        # With its own mask the teacher may see what the student must predict; the student's mask decides what counts.
         teacher_keep, teacher_hidden = random_masking(batch.teacher_noise, self.method.mask_ratio)
         return gather_patches(self.teacher.predict_all(patches, teacher_keep, teacher_hidden), ids_hidden)
 
@@ -147,15 +151,17 @@ def hidden_patch_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Raises: ValueError if the shapes disagree.
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"hidden_patch_loss: {tuple(prediction.shape)} and {tuple(target.shape)} must be equal, [B, M, V]")
+        raise ValueError(
+            f"hidden_patch_loss: {tuple(prediction.shape)} and {tuple(target.shape)} must be equal, [B, M, V]"
+        )
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(dtype) - target.detach().to(dtype)).square().mean()
 
 
 def ema_update(teacher: list[Tensor], student: list[Tensor], momentum: float, finite: Tensor) -> None:
-    """In place, teacher = momentum * teacher + (1 - momentum) * student where the 0-dim bool `finite` holds, else nothing.
+    """In place, teacher = momentum * teacher + (1 - momentum) * student where the 0-dim `finite` holds, else nothing.
 
-    As one linear interpolation, which keeps constants exactly; the weight is a device tensor, so nothing waits for `finite`.
+    One linear interpolation keeps constants exactly; its weight is a device tensor, so nothing waits for `finite`.
     """
     weight = finite.to(teacher[0].dtype) * (1.0 - momentum)
     torch._foreach_lerp_(teacher, student, [weight] * len(teacher))

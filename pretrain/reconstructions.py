@@ -79,7 +79,9 @@ def choose_images(source: ImageSource, num_images: int, img_size: tuple[int, int
 
 def fixed_noise(seed: int, num_images: int, num_patches: int) -> Tensor:
     """The noise of the picture's masks, float32 [N, L]: the same throughout a run."""
-    return torch.from_numpy(sample_rng(seed, num_images, num_patches).random((num_images, num_patches), dtype=np.float32))
+    return torch.from_numpy(
+        sample_rng(seed, num_images, num_patches).random((num_images, num_patches), dtype=np.float32)
+    )
 
 
 def contact_sheet(titles: Sequence[str], rows: Tensor, note: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. `shared` is the folder of reference results and data beside the clone; without it tests skip."""
+"""Fixtures of all tests. `shared` is the folder of reference results beside the clone; without it tests skip."""
 
 from pathlib import Path
 

@@ -4,6 +4,7 @@
 `CrashingFileSystem` sends SIGKILL to its own process at the n-th of the points that it passes.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class CrashingFileSystem(FileSystem):
-    """Dies at point number `crash_at` (1-based); without it only counts. Points lie before, inside and after each call."""
+    """Dies at point number `crash_at` (1-based); else only counts. Points lie before, inside and after each call."""
 
     def __init__(self, crash_at: int | None = None) -> None:
         self.crash_at = crash_at
@@ -63,7 +64,7 @@ class CrashingFileSystem(FileSystem):
 
 
 class FullFileSystem(FileSystem):
-    """A disk with so many bytes left for what is written through it; `honest` tells whether it admits that beforehand."""
+    """A disk with so many bytes left for what is written; `honest` tells whether it admits that beforehand."""
 
     def __init__(self, room_bytes: int, honest: bool) -> None:
         self.room_bytes, self.honest = room_bytes, honest
@@ -121,10 +122,8 @@ def kill_after(server: ForkServer, overrides: list[str], log: Path, seconds: flo
     """Start a run, SIGKILL it after so many seconds, and return its exit code."""
     pid = server.start(overrides, log)
     time.sleep(seconds)
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it was done already
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it was done already
     return server.wait(pid)
 
 
@@ -134,12 +133,20 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def _serve() -> None:
-    import matplotlib.figure  # noqa: F401: imported once here, not in every child
-
+def _run(message: dict[str, Any]) -> int:
     from core.config import load_config
-    from pretrain.run import PretrainConfig, pretrain
+    from pretrain.run import pretrain
+    from pretrain.settings import PretrainConfig
     from tools.cli import guarded
+
+    fs = CrashingFileSystem(message["crash_at"])
+    code = guarded(lambda: pretrain(load_config(PretrainConfig, None, message["overrides"]), fs=fs))
+    Path(message["log"] + ".points").write_text(str(fs.points))
+    return code
+
+
+def _serve() -> None:
+    import pretrain.run  # noqa: F401  imported once here, not in every child
 
     print("ready", flush=True)
     for line in sys.stdin:
@@ -156,14 +163,7 @@ def _serve() -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(0)
-        fs = CrashingFileSystem(message["crash_at"])
-
-        def command() -> None:
-            pretrain(load_config(PretrainConfig, None, message["overrides"]), fs=fs)  # noqa: B023: runs at once
-
-        code = guarded(command)
-        Path(message["log"] + ".points").write_text(str(fs.points))
-        os._exit(code)
+        os._exit(_run(message))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def test_round_trip_keeps_every_bit_and_dtype(tmp_path: Path) -> None:
     content = tensors() | {"more": {"i": torch.arange(3), "h": torch.rand(4).bfloat16(), "d": torch.rand(2).double()}}
     digest = store(tmp_path).save(7, content, {"x": [1, {"y": 2.5}]}, INFO)
     loaded = store(tmp_path).newest()
-    assert loaded is not None and loaded.step == 7 and loaded.digest == digest and loaded.state == {"x": [1, {"y": 2.5}]}
+    assert (
+        loaded is not None and loaded.step == 7 and loaded.digest == digest and loaded.state == {"x": [1, {"y": 2.5}]}
+    )
     for stem, group in content.items():
         for name, tensor in group.items():
             assert loaded.tensors[stem][name].dtype == tensor.dtype
@@ -131,7 +133,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_half_written(tm
     kept = CheckpointStore(tmp_path, CheckpointConfig(), fs)
     kept.save(1, tensors(), {}, INFO)
     kept.save(2, tensors(), {}, INFO)
-    with pytest.raises(OSError, match="disk full|No space") as caught:
+    with pytest.raises(OSError, match=r"disk full|No space") as caught:
         for step in range(3, 9):
             kept.save(step, tensors(), {}, INFO)
     assert isinstance(caught.value, MachineError) == honest

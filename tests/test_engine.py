@@ -1,5 +1,6 @@
 """The loop: accumulation, non-finite steps, late flags, signals, precision, schedules."""
 
+import io
 import os
 import signal
 import threading
@@ -85,8 +86,10 @@ class ToyFeed:
         return [ToyBatch(part) for part in x.chunk(self.accumulation)]
 
 
-def setup(folder: Path, task: Toy, accumulation: int = 1, epochs: int = 3, every: int = 4, clip: float | None = None) -> Fit:
-    log = RunLog(folder, LogConfig(every_steps=1, tensorboard=False), Console(file=open(os.devnull, "w")))
+def setup(
+    folder: Path, task: Toy, accumulation: int = 1, epochs: int = 3, every: int = 4, clip: float | None = None
+) -> Fit:
+    log = RunLog(folder, LogConfig(every_steps=1, tensorboard=False), Console(file=io.StringIO()))
     log.open(0, "toy", {})
     (folder / "checkpoints").mkdir(exist_ok=True)
     config = CheckpointConfig(every_steps=every)
@@ -255,5 +258,3 @@ def test_precision_by_name() -> None:
     for name, dtype in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(cpu, name):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-

@@ -36,7 +36,9 @@ def test_a_package_imports_only_what_stands_before_it(package: str) -> None:
 
 
 def test_no_import_cycle() -> None:
-    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for room in ALLOWED for p in (ROOT / room).rglob("*.py")}
+    files = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p for room in ALLOWED for p in (ROOT / room).rglob("*.py")
+    }
     graph = {name: imported_modules(path) & set(files) for name, path in files.items()}
     done: set[str] = set()
 

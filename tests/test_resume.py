@@ -1,4 +1,4 @@
-"""Killed at any moment and started again with the same command, a run ends in the same bits as if nothing had happened."""
+"""Killed at any moment and started again with the same command, a run ends in the same bits as without."""
 
 import json
 import random

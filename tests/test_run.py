@@ -1,5 +1,6 @@
-"""`rcmae pretrain` as its user meets it: what trains, what is refused, with which line and exit code, and what is left."""
+"""`rcmae pretrain` as its user meets it: what trains, what is refused with which line and code, and what is left."""
 
+import contextlib
 import json
 import os
 import resource
@@ -79,7 +80,9 @@ def test_another_configuration_is_refused_key_by_key(server: ForkServer, data: P
 def test_other_data_is_refused(server: ForkServer, data: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     assert server.run(tiny_overrides(data, out), log) == 0
-    assert "the run was started with 48" in refused(server, tiny_overrides(draw_images(tmp_path / "d", 50), out), log, 3)
+    assert "started with 48" in refused(
+        server, tiny_overrides(draw_images(tmp_path / "d", 50), out), log, 3
+    )
 
 
 def test_a_batch_larger_than_the_data(server: ForkServer, data: Path, tmp_path: Path) -> None:
@@ -100,17 +103,20 @@ def test_a_second_run_into_the_same_out_names_the_first(server: ForkServer, data
         assert server.wait(pid) == 75
         assert "the same command goes on" in (tmp_path / "first").read_text()
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def command(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "tools.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, **options
-    )  # fmt: skip
+        [sys.executable, "-m", "tools.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def test_a_full_disk_ends_with_its_code_and_the_run_goes_on_later(data: Path, tmp_path: Path) -> None:
@@ -118,7 +124,9 @@ def test_a_full_disk_ends_with_its_code_and_the_run_goes_on_later(data: Path, tm
     overrides = tiny_overrides(data, out)
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow beyond: what a full disk looks like
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, 20_000)
+        )  # no file may grow beyond: what a full disk looks like
 
     ended = command(["pretrain", *overrides], preexec_fn=limit)
     assert ended.returncode == 6, ended.stderr
@@ -209,7 +217,11 @@ def test_accumulation_changes_nothing_beyond_rounding(server: ForkServer, data: 
         for branch in ("student", "teacher"):
             for name, tensor in students[0][branch].items():
                 # The key part of a qkv bias has no gradient but rounding, which AdamW turns into steps of full size.
-                keep = slice(None) if not name.endswith("qkv.bias") else [*range(len(tensor) // 3), *range(-len(tensor) // 3, 0)]
+                keep = (
+                    slice(None)
+                    if not name.endswith("qkv.bias")
+                    else [*range(len(tensor) // 3), *range(-len(tensor) // 3, 0)]
+                )
                 difference = (other[branch][name][keep] - tensor[keep]).abs().max()
                 assert difference < 1e-5, (branch, name, difference)
 
@@ -220,7 +232,13 @@ def test_mae_and_the_options_of_the_teacher_run(server: ForkServer, data: Path, 
         "mae": tiny_overrides(data, tmp_path / "mae", method="mae", momentum=0.996),
         "own": tiny_overrides(data, tmp_path / "own", teacher__mask="own", teacher__schedule="cosine"),
         "micro": tiny_overrides(data, tmp_path / "micro", teacher__update="micro_batch", engine__accumulation=2),
-        "grey": [*tiny_overrides(data, tmp_path / "grey"), "vit.in_chans=1", "mean=[0.5]", "std=[0.25]", "img_size=[16,24]"],
+        "grey": [
+            *tiny_overrides(data, tmp_path / "grey"),
+            "vit.in_chans=1",
+            "mean=[0.5]",
+            "std=[0.25]",
+            "img_size=[16,24]",
+        ],
     }
     for name, overrides in variants.items():
         assert server.run(overrides, log) == 0, log.read_text()
@@ -260,7 +278,7 @@ def test_usage_errors_have_one_line_each_and_code_2(tmp_path: Path) -> None:
     ended = command(["pretrain", "gama=1", "epochs=x", "data=d", f"out={tmp_path / 'out'}"])
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == [
-        "error: command line: epochs: expected a valid integer, got \"x\"",
+        'error: command line: epochs: expected a valid integer, got "x"',
         "error: command line: gama: unknown key; did you mean 'gamma'?",
     ]
     ended = command(["pretrian"])
@@ -269,7 +287,10 @@ def test_usage_errors_have_one_line_each_and_code_2(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
-    code = "import sys; sys.argv=['rcmae','--help']; from tools.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['rcmae', '--help']; from tools.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "pretrain" in ended.stdout

@@ -24,8 +24,8 @@ def tiny_overrides(data: Path, out: Path, **changes: object) -> list[str]:
         "data": data, "out": out, "cache": out.parent / "cache", "model": "tiny", "img_size": 16, "batch_size": 16,
         "epochs": 2, "warmup_epochs": 0.5, "blr": 0.1, "momentum": 0.9, "vit.patch_size": 4, "vit.embed_dim": 16,
         "vit.depth": 1, "vit.num_heads": 2, "decoder.embed_dim": 8, "decoder.depth": 1, "decoder.num_heads": 2,
-        "checkpoint.every_steps": 2, "log.every_steps": 1, "log.tensorboard": False, "log.curves": False, "loader.num_workers": 0,
-        "picture_images": 1, "device": "cpu",
+        "checkpoint.every_steps": 2, "log.every_steps": 1, "log.tensorboard": False, "log.curves": False,
+        "loader.num_workers": 0, "picture_images": 1, "device": "cpu",
     }  # fmt: skip
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]

@@ -24,7 +24,9 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [ke
 @app.command()
 def pretrain(
     settings: Settings = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
+    ] = False,
     resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to start from.")] = "auto",
 ) -> None:
     """Pretrain a ViT with RC-MAE or MAE on a folder of images; the same command again goes on.
@@ -33,9 +35,10 @@ def pretrain(
     """
     from core.config import dump_config, load_config
     from pretrain import run
+    from pretrain.settings import PretrainConfig
 
     path, overrides = _split(settings or [])
-    config = load_config(run.PretrainConfig, path, overrides)
+    config = load_config(PretrainConfig, path, overrides)
     if dry_run:
         print(dump_config(config))
         print("\n".join(run.dry_run(config)))

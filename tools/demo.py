@@ -4,11 +4,13 @@ from pathlib import Path
 
 from core.config import load_config
 from core.errors import ConfigError, shown
-from pretrain.run import PretrainConfig, pretrain
+from core.log import read_metrics
+from pretrain.run import pretrain
+from pretrain.settings import PretrainConfig
 from tools.world import draw_world
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "demo" / "pretrain.yaml"
-NUM_TRAIN, NUM_VAL = 4000, 500
+NUM_TRAIN, NUM_VAL = 3000, 500
 
 
 def run_demo(out: Path) -> None:
@@ -22,10 +24,14 @@ def run_demo(out: Path) -> None:
     images, run = world / "imagefolder", out / "pretrain"
     overrides = [f"data={images}", f"probe.data={images}", f"out={run}", f"cache={out / 'cache'}"]
     summary = pretrain(load_config(PretrainConfig, RECIPE, overrides))
-    figures = summary["figures"]
+    last = summary["figures"]
+    first: dict[str, float] = {}
+    for row in read_metrics(run / "metrics.jsonl"):
+        first = {**row, **first}
+    names = ("train/reconstruction", "train/consistency", "probe/knn_top1_pct")
     print(
-        f"\nreconstruction {figures['train/reconstruction']:.3f}, consistency {figures['train/consistency']:.4f}, "
-        f"k-NN top-1 {figures['probe/knn_top1_pct']:.1f} % of ten kinds of shapes\n"
-        f"pictures   {shown(run / 'pictures')}\ncurves     {shown(run / 'curves.png')}\n"
+        "\n"
+        + "".join(f"{name:22} {first[name]:8.4g} -> {last[name]:.4g}\n" for name in names)
+        + f"pictures   {shown(run / 'pictures')}\ncurves     {shown(run / 'curves.png')}\n"
         f"backbone   timm.create_model('local-dir:{shown(run / 'backbone')}', pretrained=True)"
     )

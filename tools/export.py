@@ -6,9 +6,9 @@ from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint, read_checkpoint
 from core.config import config_hash, load_config
 from core.errors import CheckpointError, ConfigError, shown
-from core.run_directory import git_commit
+from core.machine import git_commit
 from pretrain.mae import MaskedAutoencoder
-from pretrain.run import PretrainConfig
+from pretrain.settings import PretrainConfig
 
 
 def export_run(source: Path, branch: str, out: Path | None = None) -> Path:

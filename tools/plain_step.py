@@ -1,7 +1,7 @@
 """The plain twin: one RC-MAE step written for reading, doing all the work that the published implementation does.
 
-Tests hold the fast path against it, benchmarks measure from it. It shares nothing with the fast path: its own modules
-(only the parameter names are the same), convolution for the patches, explicit softmax attention, every patch embedded and
+Tests hold the fast path against it, benchmarks measure from it. It shares no module with the fast path (only the
+parameter names are the same): convolution for the patches, explicit softmax attention, every patch embedded and
 predicted, masks and un-shuffling by sorting, a Python loop for the EMA, an unfused optimizer, losses read every step.
 Source: spec section 7.1, column "official"; He et al. arXiv:2111.06377, Lee et al. arXiv:2210.02077.
 
@@ -94,7 +94,7 @@ class PlainMAE(nn.Module):
         self.decoder_pred = nn.Linear(decoder.embed_dim, vit.patch_values)
 
     def forward(self, images: Tensor, ids_shuffle: Tensor, num_keep: int) -> Tensor:
-        """Predict all patches [B, L, V] of normalised images [B, C, H, W] from the first `num_keep` of ids_shuffle [B, L]."""
+        """Predict all patches [B, L, V] of images [B, C, H, W] from the first `num_keep` of ids_shuffle [B, L]."""
         x = self.patch_embed(images) + self.pos_embed[:, 1:]  # [B, L, D]
         ids_keep = ids_shuffle[:, :num_keep]
         x = torch.gather(x, 1, ids_keep.unsqueeze(-1).repeat(1, 1, x.shape[-1]))  # [B, K, D]
