@@ -5,6 +5,7 @@ and a restart change nothing.
 """
 
 import logging
+import multiprocessing
 import signal
 import time
 import zlib
@@ -26,6 +27,7 @@ from core.images import MAX_PIXELS, BadImage, decode
 from core.streams import ShardStream
 
 MAX_TRIES = 20
+GRACE_S = 60  # a worker told to terminate leaves the main process this long to save
 
 logger = logging.getLogger("rcmae")
 
@@ -199,8 +201,11 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
 
 
 def _init_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the main process decides when to stop
+    # Signals reach the whole group; the main process decides when to stop. But a worker outlives it by a minute at most:
+    # Python waits at its exit for a worker that it has asked to terminate.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 @dataclass
@@ -268,6 +273,8 @@ def worker_faults() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would be waited for at exit
         raise MachineError(
             f"a loader worker died or was silent for loader.timeout_s seconds ({str(error).splitlines()[0]}); "
             "give the same command again to go on, with fewer loader.num_workers if memory was short"

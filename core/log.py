@@ -99,7 +99,7 @@ class RunLog:
 @contextmanager
 def console_logging() -> Iterator[Console]:
     """While open, what the program says goes to the terminal; yields the console, for a progress bar to share."""
-    console = Console()
+    console = Console(emoji=False)  # file names are shown as they are
     handler = _ConsoleHandler(console)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -27,6 +27,8 @@ from pretrain.presets import DECODERS, ENCODERS
 from pretrain.probe import ProbeConfig
 from pretrain.rc_mae import TeacherConfig
 
+PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
+
 # May differ when a run goes on: where things lie and how they are shown, not what is computed.
 HARMLESS_KEYS = (
     "data", "out", "cache", "device", "log", "checkpoint", "loader.num_workers", "loader.timeout_s",
@@ -181,7 +183,7 @@ def header(setting: Setting) -> list[str]:
         f"gamma {config.gamma:g}, momentum {config.momentum:g} {config.teacher.schedule} per {config.teacher.update}"
     )
     one = activation_bytes(vit, decoder, config.mask_ratio, setting.device.type == "cuda")
-    memory = fixed_bytes(vit, decoder, with_teacher) + plan.micro_batch * one
+    memory = PROGRAM_BYTES + fixed_bytes(vit, decoder, with_teacher) + plan.micro_batch * one
     disk = (config.checkpoint.keep + 1) * checkpoint_bytes(vit, decoder, with_teacher)
     flops = step_flops(vit, decoder, config.mask_ratio, with_teacher)
     source = shown(setting.source.origin if setting.source else config.data)

@@ -355,6 +355,7 @@ def test_a_tgz_that_changed_is_unpacked_again(tmp_path: Path, cache: Path) -> No
     path = make_tgz(tmp_path / "set.tgz", ["a.jpg"])
     assert names_of(open_at(path, cache)) == ["a.jpg"]
     make_tgz(path, ["a.jpg", "c.jpg"])
+    os.utime(path, (0, 0))  # the clock of files may not have moved on
     assert names_of(open_at(path, cache)) == ["a.jpg", "c.jpg"]
 
 
@@ -446,6 +447,7 @@ def test_the_index_is_kept_and_made_again_when_a_tar_changes(
     assert names_of(first) == names_of(second) == ["a.jpg", "b.jpg"]
     require_readable(second)
     make_tar(path, ["c.jpg", "d.jpg"])  # of the same size
+    os.utime(path, (0, 0))
     assert names_of(open_at(path, cache)) == ["c.jpg", "d.jpg"]
     assert len(made) == 2
 
