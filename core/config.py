@@ -1,8 +1,8 @@
 """YAML files with one-level `extends` and `a.b=value` overrides, read into frozen pydantic models.
 
-The models live beside the code that reads them; this file only knows how to fill one. YAML is read by the number rules of
-YAML 1.2 (`1e-4` is a number, `no` a string); duplicate keys, tags, anchors and aliases are errors. Every fault becomes
-one line with file, line, key, what was expected and the nearest match, all of them at once, in a `ConfigError`.
+The models live beside the code that reads them; this file only knows how to fill one. YAML is read by the number rules
+of YAML 1.2 (`1e-4` is a number, `no` a string); duplicate keys, tags, anchors and aliases are errors. Every fault
+becomes one line with file, line, key, what was expected and the nearest match, all at once, in a `ConfigError`.
 """
 
 import difflib
@@ -123,7 +123,9 @@ def _read_with_base(path: Path) -> tuple[Tree, Origins]:
         raise ConfigError(f"{origins['extends']}: extends: expected a file name, got {base_name!r}")
     base, base_origins = read_yaml(path.parent / base_name)
     if "extends" in base:
-        raise ConfigError(f"{base_origins['extends']}: extends: only one level; {shown(path)} already extends this file")
+        raise ConfigError(
+            f"{base_origins['extends']}: extends: only one level; {shown(path)} already extends this file"
+        )
     return _merged(base, tree), {**base_origins, **origins}
 
 
@@ -175,7 +177,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 0
             if depth > MAX_DEPTH:
                 raise ConfigError(f"{name}:{line}: nested deeper than {MAX_DEPTH} levels")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -185,9 +187,9 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{name}{line}: not YAML: {shown(problem)}") from None
+        raise ConfigError(f"{name}{where}: not YAML: {shown(problem)}") from None
 
 
 def _construct(node: yaml.Node, name: str, key: str, origins: Origins) -> Any:

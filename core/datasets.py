@@ -1,8 +1,8 @@
 """Where images come from: a folder, an ImageFolder, tar files, a compressed tar; and in which order they are read.
 
-Every source is a random-access list of encoded files with names and, where the layout has them, labels. Tars are indexed
-once and then read like a folder; a compressed tar is unpacked once, to a plain tar in the cache: nothing in it is ever
-written under a name of its own choosing. Shards behind URLs are in `core/streams.py`.
+Every source is a random-access list of encoded files with names and, where the layout has them, labels. Tars are
+indexed once and then read like a folder; a compressed tar is unpacked once, to a plain tar in the cache: nothing in it
+is ever written under a name of its own choosing. Shards behind URLs are in `core/streams.py`.
 """
 
 import gzip
@@ -128,7 +128,7 @@ def pick_split(source: ImageSource, names: tuple[str, ...]) -> ImageSource | Non
 
 
 def labelled_pair(data: str, cache: Path) -> tuple[ImageSource, ImageSource]:
-    """Two labelled sources, to learn from and to test on: train/ and val/, or four fifths and a fifth of one ImageFolder.
+    """Two labelled sources, to learn from and to test on: train/ and val/, or 4/5 and 1/5 of one ImageFolder.
 
     Raises: DataError where there are no labels, or the two have other classes.
     """
@@ -150,7 +150,7 @@ def _tar_paths(data: str, cache: Path) -> list[Path]:
     pattern = "{" in data and not Path(data).exists()
     try:
         paths = [Path(name) for name in braceexpand.braceexpand(data)] if pattern else [Path(data)]
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:  # unbalanced braces
         paths = [Path(data)]
     for path in paths:
         if not path.exists():
@@ -212,7 +212,7 @@ def _open_tars(data: str, tars: list[Path], cache: Path) -> ImageSource:
         index = _index_tars(tars)
         _make_cache(cache)
         buffer = io.BytesIO()
-        np.savez(buffer, **index)
+        np.savez(buffer, **index)  # type: ignore[arg-type]
         replace_file(index_path, buffer.getvalue())
     labels = index["labels"] if len(index["labels"]) and index["labels"].min() >= 0 else None
     members = TarMembers(tuple(tars), index["tar_of"], index["offsets"], index["sizes"])
@@ -242,7 +242,7 @@ def _tar_rows(path: Path) -> Iterator[tuple[bytes, int, int, int]]:
     labels: dict[str, int] = {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            key, extension = os.path.splitext(member.name)  # noqa: PTH122: a member is no path
+            key, extension = os.path.splitext(member.name)  # noqa: PTH122  a member is no path
             hidden = PurePosixPath(member.name).name.startswith(".")
             if not member.isreg() or hidden:
                 continue
@@ -270,7 +270,7 @@ def _open_folder(data: str) -> ImageSource:
 def _walk(root: Path) -> Iterator[bytes]:
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        status = os.stat(folder)
+        status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link back up: do not go round for ever
             subfolders.clear()
             continue

@@ -42,13 +42,13 @@ class MachineError(RcmaeError, OSError):
         super().__init__(message)
 
 
-class Preempted(RcmaeError):
+class Preempted(RcmaeError):  # noqa: N818  a stop, no error
     """A signal asked the run to stop; its state is saved and the same command goes on (exit code 75)."""
 
     exit_code = 75
 
 
 def shown(text: str | PurePath) -> str:
-    """Foreign text (a file name, a key) as one safe printable line: control, bidi and undecodable characters escaped."""
+    """Foreign text (a file name, a key) as one printable line: control, bidi and undecodable characters escaped."""
     raw = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw)

@@ -102,8 +102,8 @@ def require_space(path: Path, needed_bytes: int, what: str, fs: FileSystem | Non
 class RunLock:
     """One writer per run directory: a lock file that names its owner and dies with the process.
 
-    A POSIX record lock on the file: not inherited by forked loader workers (an orphaned worker cannot hold it), released
-    by the kernel when the owner dies, whatever kills it. The content is only for the message to a second process.
+    A POSIX record lock on the file: not inherited by forked loader workers (an orphan cannot hold it), released by the
+    kernel when the owner dies, whatever kills it. The content is only for the message to a second process.
     """
 
     def __init__(self, path: Path) -> None:

@@ -16,13 +16,15 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from core.errors import shown
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: Pillow would run its program
 MAX_PIXELS = 64_000_000
 _MODES = {1: "L", 3: "RGB"}
 
 
-class BadImage(Exception):
+class BadImage(Exception):  # noqa: N818  the field's word
     """These bytes are no usable image; the message is the reason, without the name."""
 
 
@@ -54,7 +56,9 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tens
         raise BadImage(f"over the limit of {max_pixels / 1e6:g} megapixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # a decoder given garbage raises anything: OSError, ValueError, SyntaxError, struct.error
+    except (
+        Exception
+    ) as error:  # given garbage a decoder raises anything: OSError, ValueError, SyntaxError, struct.error
         raise BadImage(_reason(error)) from None
 
 

@@ -1,7 +1,7 @@
 """Training and evaluation batches: which images in which order, broken ones replaced, waiting measured, resumable.
 
-Randomness is a function: everything drawn for an image comes from (seed, epoch, index). The number of workers, prefetching
-and a restart change nothing.
+Randomness is a function: everything drawn for an image comes from (seed, epoch, index). The number of workers,
+prefetching and a restart change nothing.
 """
 
 import logging
@@ -39,7 +39,7 @@ class LoaderConfig(Config):
     max_broken_share: float = Field(0.01, ge=0, le=1)  # of the distinct images; beyond it training ends with an error
     max_pixels: int = Field(MAX_PIXELS, gt=0, le=178_000_000)  # larger images count as broken; Pillow has no more
     timeout_s: int = Field(300, gt=0)  # longest wait for one batch before the run ends
-    stream_images: int | None = Field(None, gt=0)  # images in all shards; needed for data=https://..., which cannot be counted
+    stream_images: int | None = Field(None, gt=0)  # images in all shards; needed with URLs, which cannot be counted
 
 
 class Broken(NamedTuple):
@@ -68,7 +68,7 @@ def sample_rng(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Indices of every micro-batch from an optimizer step on, epoch after epoch; what does not fill a batch is left out.
+    """Indices of every micro-batch from an optimizer step on, epoch after epoch; what fills no batch is left out.
 
     A permutation per epoch drawn from (seed, epoch): a restart at any step goes on as if nothing had happened.
     """
@@ -148,7 +148,8 @@ class StreamedImages(IterableDataset):
                     raise _nothing_but_broken(broken) from None
                 continue
             in_a_row = 0
-            samples.append(self.prepare(image, sample_rng(self.seed, shard, zlib.crc32(name.encode("utf-8", "replace")))))
+            rng = sample_rng(self.seed, shard, zlib.crc32(name.encode("utf-8", "replace")))
+            samples.append(self.prepare(image, rng))
             if len(samples) == self.micro_batch:
                 yield Loaded(self.collate(samples), tuple(broken), shard)
                 samples, broken = [], []
@@ -177,10 +178,12 @@ class _CollateLoaded:
         return Loaded(self.collate([sample for sample, _ in items]), broken, 0)
 
 
-def image_loader(images: TrainingImages, order: EpochOrder, collate: Collate, num_workers: int, timeout_s: int) -> DataLoader:
+def image_loader(
+    images: TrainingImages, order: EpochOrder, collate: Collate, num_workers: int, timeout_s: int
+) -> DataLoader:
     """Micro-batches of files in the given order."""
     options = _worker_options(num_workers, timeout_s)
-    return DataLoader(images, batch_sampler=order, collate_fn=_CollateLoaded(collate), **options)  # type: ignore[arg-type]
+    return DataLoader(images, batch_sampler=order, collate_fn=_CollateLoaded(collate), **options)
 
 
 def stream_loader(images: StreamedImages, num_workers: int, timeout_s: int) -> DataLoader:
@@ -201,8 +204,8 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
 
 
 def _init_worker(_: int) -> None:
-    # Signals reach the whole group; the main process decides when to stop. But a worker outlives it by a minute at most:
-    # Python waits at its exit for a worker that it has asked to terminate.
+    # Signals reach the whole group; the main process decides when to stop. But a worker outlives it by a minute at
+    # most: Python waits at its exit for a worker that it has asked to terminate.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
@@ -262,7 +265,7 @@ class Feed:
 
 @contextmanager
 def worker_faults() -> Iterator[None]:
-    """Turn the death or silence of a loader worker, which torch reports at any line of the main process, into its error.
+    """Turn the death or silence of a loader worker, which torch reports at any line of the main process, into an error.
 
     Raises: MachineError; DataError without the traceback that torch puts around one from a worker.
     """
@@ -317,7 +320,7 @@ def eval_loader(images: EvalImages, batch_size: int, num_workers: int, timeout_s
     """Full batches of `EvalBatch`, the last one filled up."""
     rows = -(-len(images.source) // batch_size) * batch_size
     options = _worker_options(num_workers, timeout_s)
-    return DataLoader(images, batch_size, sampler=range(rows), collate_fn=_collate_eval, **options)  # type: ignore[arg-type]
+    return DataLoader(images, batch_size, sampler=range(rows), collate_fn=_collate_eval, **options)
 
 
 def _collate_eval(items: Sequence[tuple[Tensor, int, bool]]) -> EvalBatch:

@@ -82,11 +82,11 @@ def git_commit() -> str | None:
     try:
         head, changes = (
             subprocess.run(  # noqa: S603  fixed arguments, no shell
-                ["git", "-C", str(root), *args],
+                ["git", "-C", str(root), *args],  # noqa: S607
                 capture_output=True,
                 text=True,
                 check=True,
-                timeout=10,  # noqa: S607
+                timeout=10,
             ).stdout
             for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )

@@ -67,8 +67,10 @@ def expand_urls(data: str) -> tuple[str, ...]:
     """The URLs of a brace pattern. Raises: DataError if one is no http(s) URL of a .tar."""
     try:
         urls = tuple(braceexpand.braceexpand(data))
-    except braceexpand.UnbalancedBracesError:
-        raise DataError(f"{shown(data)}: unbalanced braces; expected a pattern such as shard-{{0000..0127}}.tar") from None
+    except ValueError:  # unbalanced braces
+        raise DataError(
+            f"{shown(data)}: unbalanced braces; expected a pattern such as shard-{{0000..0127}}.tar"
+        ) from None
     for url in urls:
         if not url.startswith(SCHEMES) or not urllib.parse.urlsplit(url).path.endswith(".tar"):
             raise DataError(f"{shown(url)}: expected http(s) URLs that end in .tar")
@@ -79,7 +81,7 @@ def shard_images(url: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every image in one shard, in order. Raises: DataError naming the URL."""
     name, count = PurePosixPath(urllib.parse.urlsplit(url).path).name, 0
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as stream:  # noqa: S310: the scheme was checked
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as stream:  # noqa: S310  the scheme was checked
             shard = _Tail(stream)
             for member in tar_file_iterator(shard):
                 path = PurePosixPath(member["fname"])

@@ -26,8 +26,8 @@ class AugmentConfig(Config):
 
 
 def random_crop_flip(image: Tensor, size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    """Random resized crop (bicubic, antialiased) and flip of a uint8 image [C, H, W] to [C, *size], all drawn from rng."""
-    top, left, height, width = random_crop_box(image.shape[-2:], config, rng)
+    """Random resized crop (bicubic, antialiased) and flip of a uint8 image [C, H, W] to [C, *size], drawn from rng."""
+    top, left, height, width = random_crop_box((image.shape[-2], image.shape[-1]), config, rng)
     crop = image[:, top : top + height, left : left + width]
     crop = VF.resize(crop, list(size), interpolation=VF.InterpolationMode.BICUBIC, antialias=True)  # [C, *size]
     return crop.flip(-1) if rng.random() < config.flip_ratio else crop
