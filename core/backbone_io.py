@@ -40,7 +40,8 @@ TIMM_NAMES = {
     (16, 1024, 24, 16): "vit_large_patch16_224",
     (14, 1280, 32, 16): "vit_huge_patch14_224",
 }
-HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # the only sizes whose heads need not be told
+# (depth, heads) by width: the only sizes whose heads need not be told, and in which a missing last block can be seen
+PUBLISHED = {dim: (depth, heads) for _, dim, depth, heads in TIMM_NAMES}
 
 # What a checkpoint may hold that is no part of a backbone: decoders and heads, as MAE, timm and Hugging Face name them.
 _NOT_BACKBONE = re.compile(r"(decoder|head|fc_norm|classifier|pooler)[._].*|mask_token|decoder_pos_embed")
@@ -135,10 +136,12 @@ def load_backbone(
         path: a backbone directory, a .safetensors file, or a .pth / .pt / .bin that unpickles with weights only.
         branch: which model of an RC-MAE pretraining file.
         img_size: (height, width) that the ViT is for; its position table is resized to it. None: as stored.
-        num_heads: for foreign widths that do not tell it.
+        num_heads: for foreign sizes that are not published ones; with it any depth is taken as meant.
     Raises: CheckpointError for anything that cannot be explained: a missing block, an unknown key, a wrong shape;
         NumericError for weights that are not finite.
     """
+    if branch not in {"teacher", "student"}:
+        raise CheckpointError(f"{shown(path)}: branch {shown(branch)}: expected teacher or student")
     state, layout, stored = _read(path, branch)
     name = shown(path)
     config = stored or _infer_config(state, num_heads, name)
@@ -223,9 +226,14 @@ def _infer_config(state: Mapping[str, Tensor], num_heads: int | None, name: str)
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     depth = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.[0-9]{1,9}\.", key))
     side = math.isqrt(max(num_patches, 0))
-    heads = num_heads or HEADS_OF_WIDTH.get(dim)
+    published_depth, heads = PUBLISHED.get(dim, (depth, None)) if not num_heads else (depth, num_heads)
     if heads is None:
         raise CheckpointError(f"{name}: weights of width {dim} do not tell the number of heads; give it as num_heads")
+    if depth != published_depth:
+        raise CheckpointError(
+            f"{name}: {depth} blocks, but ViTs of width {dim} have {published_depth}: the file is not whole; "
+            "for a size of your own give num_heads"
+        )
     if side * side != num_patches:
         raise CheckpointError(f"{name}: pos_embed of {num_patches} patches is not square; its grid cannot be told")
     mlp_ratio = hidden / max(dim, 1)

@@ -320,7 +320,7 @@ def _check(counts: tuple[int, int] | None, progress: Progress, skipped_before: i
         good = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
         raise NumericError(
             f"loss or gradient not finite {most_in_row} steps in a row before step {progress.step}; {good}; "
-            "try engine.precision=fp32, optim.clip_grad=1 or a lower blr with another out="
+            "try engine.precision=fp32, optim.clip_grad=1 or a lower blr, with another out= and --resume CHECKPOINT"
         )
 
 

@@ -1,5 +1,6 @@
 """What a run says: console and train.log, metrics.jsonl, TensorBoard, W&B, the progress bar, learning curves."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -29,6 +30,11 @@ class LogConfig(Config):
     tensorboard: bool = True
     curves: bool = True  # draw curves.png at the end
     wandb_project: str | None = None  # needs the extra rcmae[wandb]
+
+    def contradictions(self) -> Iterator[str]:
+        """A project to log to, and nothing to log with."""
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            yield "log.wandb_project: wandb is not installed; pip install -e .[wandb], or leave the key out"
 
 
 class RunLog:

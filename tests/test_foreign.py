@@ -221,13 +221,26 @@ def test_hugging_face_vit_mae(tmp_path: Path, kind: str, prefix: str) -> None:
 
 
 def test_published_width_tells_the_heads(tmp_path: Path) -> None:
-    config = ViTConfig(img_size=(32, 32), patch_size=16, embed_dim=192, depth=2, num_heads=3)
+    config = ViTConfig(img_size=(32, 32), patch_size=16, embed_dim=192, depth=12, num_heads=3)
     model, path = noisy(config=config), tmp_path / "tiny.pth"
     torch.save(mae_file(model.state_dict()), path)
     vit, _ = load_backbone(path)
     assert vit.config == config
     assert_features(vit, model.tokens)
     assert load_backbone(path, num_heads=12)[0].config.num_heads == 12  # what is given counts
+
+
+def test_a_published_size_without_its_last_block_is_refused(tmp_path: Path) -> None:
+    config = ViTConfig(img_size=(32, 32), patch_size=16, embed_dim=192, depth=11, num_heads=3)
+    path = tmp_path / "tiny.pth"
+    torch.save(mae_file(noisy(config=config).state_dict()), path)
+    refused(path, "11 blocks, but ViTs of width 192 have 12", num_heads=None)
+    assert load_backbone(path, num_heads=3)[0].config == config  # a size of one's own, said to be so
+
+
+def test_an_unknown_branch_is_named(tmp_path: Path) -> None:
+    torch.save(mae_file(noisy().state_dict()), tmp_path / "mae.pth")
+    refused(tmp_path / "mae.pth", "expected teacher or student", branch="professor", num_heads=4)
 
 
 @pytest.mark.parametrize("changes", [{"in_chans": 1}, {"mlp_ratio": 2.0}, {"embed_dim": 44, "mlp_ratio": 60.001 / 44}])

@@ -1,11 +1,13 @@
 """What a run says: metrics that survive a restart, names that cannot break a line, pictures and curves."""
 
+import importlib.util
 import io
 import json
 import logging
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -54,7 +56,7 @@ def test_foreign_names_are_one_printable_line() -> None:
     assert shown("a\nb") == "a\\nb"
 
 
-def test_log_lines_are_not_read_as_markup(tmp_path: Path, capsys: object) -> None:
+def test_log_lines_are_not_read_as_markup(tmp_path: Path) -> None:
     with console_logging() as console:
         console.file = io.StringIO()
         logging.getLogger("rcmae").warning("%s", "[bold]x[/bold] [/] :smile:")
@@ -85,3 +87,10 @@ def test_pictures_and_curves_are_real_images(tmp_path: Path) -> None:
     draw_curves(rows, tmp_path / "curves.png", "a run")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_wandb_without_its_package_is_told_before_the_run() -> None:
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(ValueError, match=r"wandb is not installed; pip install"):
+            LogConfig(wandb_project="x")
+    assert LogConfig().wandb_project is None

@@ -64,7 +64,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint of MAE, RC-MAE, timm or Hugging Face ViT-MAE.")],
     out: Annotated[Path, typer.Argument(help="The backbone directory to write.")],
     branch: Annotated[str, typer.Option(help="teacher or student, for RC-MAE's files.")] = "teacher",
-    num_heads: Annotated[int | None, typer.Option(help="For widths that do not tell it.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="For sizes that are not published ones.")] = None,
 ) -> None:
     """Turn a foreign checkpoint into a backbone directory and say what became of every tensor."""
     from tools.convert import convert_checkpoint
