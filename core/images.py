@@ -56,9 +56,7 @@ def decode(data: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tens
         raise BadImage(f"over the limit of {max_pixels / 1e6:g} megapixels") from None
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # given garbage a decoder raises anything: OSError, ValueError, SyntaxError, struct.error
+    except Exception as error:  # garbage makes decoders raise anything: OSError, ValueError, SyntaxError, struct.error
         raise BadImage(_reason(error)) from None
 
 

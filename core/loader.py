@@ -5,8 +5,9 @@ prefetching and a restart change nothing.
 """
 
 import logging
-import multiprocessing
+import os
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,6 @@ from core.images import MAX_PIXELS, BadImage, decode
 from core.streams import ShardStream
 
 MAX_TRIES = 20
-GRACE_S = 60  # a worker told to terminate leaves the main process this long to save
 
 logger = logging.getLogger("rcmae")
 
@@ -204,11 +204,18 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
 
 
 def _init_worker(_: int) -> None:
-    # Signals reach the whole group; the main process decides when to stop. But a worker outlives it by a minute at
-    # most: Python waits at its exit for a worker that it has asked to terminate.
+    # Signals reach the whole group; the main process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_main_process, daemon=True).start()
+
+
+def _end_for_main_process() -> None:
+    """Heed SIGTERM from the main process alone: Python waits at its exit for each worker that it so asked to end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @dataclass
@@ -272,12 +279,11 @@ def worker_faults() -> Iterator[None]:
     try:
         yield
     except DataError as error:
+        error.__traceback__ = None  # torch's holds itself and so the loader, whose workers would live on
         raise DataError(str(error).rpartition("core.errors.DataError: ")[2].strip()) from None
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        for worker in multiprocessing.active_children():
-            worker.kill()  # one that hangs would be waited for at exit
         raise MachineError(
             f"a loader worker died or was silent for loader.timeout_s seconds ({str(error).splitlines()[0]}); "
             "give the same command again to go on, with fewer loader.num_workers if memory was short"

@@ -1,8 +1,12 @@
 """Fixtures of all tests. `shared` is the folder of reference results beside the clone; without it tests skip."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.harness import ForkServer
+from tests.tiny import draw_images
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,3 +18,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared is absent: no reference results and data sets here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """A process that forks pretraining runs."""
+    with ForkServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 small images in two class folders."""
+    return draw_images(tmp_path_factory.mktemp("data"))

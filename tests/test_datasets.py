@@ -112,7 +112,9 @@ def test_images_above_or_beside_the_class_folders_mean_no_labels(tmp_path: Path,
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path, cache: Path) -> None:
-    root = make_folder(tmp_path / "hidden", ["a.jpg", ".b.jpg", "._a.jpg", ".thumbnails/c.jpg", "d/.e/f.jpg", "d/g.jpg"])
+    root = make_folder(
+        tmp_path / "hidden", ["a.jpg", ".b.jpg", "._a.jpg", ".thumbnails/c.jpg", "d/.e/f.jpg", "d/g.jpg"]
+    )
     assert names_of(open_at(root, cache)) == ["a.jpg", "d/g.jpg"]
 
 
@@ -127,7 +129,9 @@ def test_links_are_followed_and_do_not_go_round(tmp_path: Path, cache: Path) -> 
     assert names_of(open_at(root, cache)) == ["a/x.jpg", "other/y.jpg", "z.jpg"]
 
 
-def test_of_two_links_to_a_folder_the_first_by_name_counts(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_links_to_a_folder_the_first_by_name_counts(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, elsewhere = make_folder(tmp_path / "twins", []), make_folder(tmp_path / "elsewhere", ["y.jpg"])
     root.mkdir()
     for name in ("b", "a", "c"):
@@ -143,7 +147,9 @@ def test_of_two_links_to_a_folder_the_first_by_name_counts(tmp_path: Path, cache
     assert names_of(open_at(root, cache)) == ["a/y.jpg"]
 
 
-def test_a_folder_called_like_an_image_is_a_folder_and_a_dead_link_an_unreadable_file(tmp_path: Path, cache: Path) -> None:
+def test_a_folder_called_like_an_image_is_a_folder_and_a_dead_link_an_unreadable_file(
+    tmp_path: Path, cache: Path
+) -> None:
     root = make_folder(tmp_path / "odd", ["x.jpg/inner.jpg"])
     (root / "dead.jpg").symlink_to("nowhere")
     source = open_at(root, cache)
@@ -185,7 +191,9 @@ def test_odd_names_of_the_data_itself(tmp_path: Path, cache: Path) -> None:
         assert len(open_at(make_tgz(tmp_path / name, ["x.jpg"]), cache)) == 1
 
 
-def test_a_folder_that_cannot_be_listed_is_not_silently_left_out(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_silently_left_out(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_folder(tmp_path / "locked", ["a/1.jpg", "b/2.jpg"])
     scandir = os.scandir
 
@@ -203,7 +211,9 @@ def test_a_folder_that_cannot_be_listed_is_not_silently_left_out(tmp_path: Path,
 
 @pytest.mark.parametrize("above", ["", "tiny-imagenet-200/", "data/v2/", "./"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_train_and_val_are_picked_also_below_a_single_folder(tmp_path: Path, cache: Path, above: str, packed: bool) -> None:
+def test_train_and_val_are_picked_also_below_a_single_folder(
+    tmp_path: Path, cache: Path, above: str, packed: bool
+) -> None:
     names = [f"{above}{name}" for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "val/dog/4.jpg")]
     path = make_tar(tmp_path / "set.tar", names) if packed else make_folder(tmp_path / "set", names)
     source = open_at(path, cache)
@@ -372,7 +382,9 @@ def test_a_truncated_or_damaged_tgz_leaves_nothing_in_the_cache(tmp_path: Path, 
         assert files_below(cache) == set()
 
 
-@pytest.mark.parametrize("data", [b"", gzip.compress(b""), gzip.compress(b"a text"), gzip.compress(gzip.compress(b"twice"))])
+@pytest.mark.parametrize(
+    "data", [b"", gzip.compress(b""), gzip.compress(b"a text"), gzip.compress(gzip.compress(b"twice"))]
+)
 def test_a_tgz_without_a_tar_inside_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path, data: bytes) -> None:
     path = tmp_path / "set.tgz"
     path.write_bytes(data)
@@ -462,7 +474,9 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, cache: Path, damage: str)
     np.savez(buffer, names=np.array([b"x"]))
     flipped = bytearray(whole)
     flipped[whole.index(b"a.jpg")] ^= 1
-    index.write_bytes({"empty": b"", "cut": whole[:-40], "flip": flipped, "text": b"hello", "other": buffer.getvalue()}[damage])
+    index.write_bytes(
+        {"empty": b"", "cut": whole[:-40], "flip": flipped, "text": b"hello", "other": buffer.getvalue()}[damage]
+    )
     source = open_at(path, cache)
     assert names_of(source) == ["a.jpg", "b.jpg"]
     assert index.read_bytes() == whole
@@ -476,7 +490,9 @@ def test_what_holds_no_images_is_refused(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "file.txt").write_text("x")
     single = make_folder(tmp_path / "single", ["x.jpg"]) / "x.jpg"
     assert fault(tmp_path / "typo", cache).startswith(f"{tmp_path}/typo: no such file or folder; give data=PATH")
-    assert fault(tmp_path / "empty", cache).startswith(f"{tmp_path}/empty: no images found; expected files ending in .bmp")
+    assert fault(tmp_path / "empty", cache).startswith(
+        f"{tmp_path}/empty: no images found; expected files ending in .bmp"
+    )
     assert "no images found" in fault(make_folder(tmp_path / "texts", ["a.txt", "b/c.csv"]), cache)
     assert "no images found" in fault(make_tar(tmp_path / "texts.tar", ["a.txt"]), cache)
     assert "no images found" in fault(make_tar(tmp_path / "empty.tar", []), cache)
@@ -522,7 +538,9 @@ def test_a_labelled_pair_without_splits_tests_on_every_fifth(tmp_path: Path, cac
     ],
 )
 def test_a_pair_without_class_folders_is_refused(tmp_path: Path, cache: Path, names: list[str]) -> None:
-    assert "no class folders; a labelled set is an ImageFolder" in pair_fault(make_folder(tmp_path / "set", names), cache)
+    assert "no class folders; a labelled set is an ImageFolder" in pair_fault(
+        make_folder(tmp_path / "set", names), cache
+    )
 
 
 def test_a_pair_of_other_classes_is_refused(tmp_path: Path, cache: Path) -> None:

@@ -234,13 +234,13 @@ def test_a_published_size_without_its_last_block_is_refused(tmp_path: Path) -> N
     config = ViTConfig(img_size=(32, 32), patch_size=16, embed_dim=192, depth=11, num_heads=3)
     path = tmp_path / "tiny.pth"
     torch.save(mae_file(noisy(config=config).state_dict()), path)
-    refused(path, "11 blocks, but ViTs of width 192 have 12", num_heads=None)
+    assert_refused(path, "11 blocks, but ViTs of width 192 have 12", num_heads=None)
     assert load_backbone(path, num_heads=3)[0].config == config  # a size of one's own, said to be so
 
 
 def test_an_unknown_branch_is_named(tmp_path: Path) -> None:
     torch.save(mae_file(noisy().state_dict()), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "expected teacher or student", branch="professor", num_heads=4)
+    assert_refused(tmp_path / "mae.pth", "expected teacher or student", branch="professor", num_heads=4)
 
 
 @pytest.mark.parametrize("changes", [{"in_chans": 1}, {"mlp_ratio": 2.0}, {"embed_dim": 44, "mlp_ratio": 60.001 / 44}])
@@ -266,7 +266,7 @@ def test_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> 
 # Refusals
 
 
-def refused(path: Path, *parts: str, error: type[RcmaeError] = CheckpointError, **arguments: Any) -> str:
+def assert_refused(path: Path, *parts: str, error: type[RcmaeError] = CheckpointError, **arguments: Any) -> str:
     """The one line that refuses `path`; it names the file and holds all `parts`."""
     with pytest.raises(error) as caught:
         load_backbone(path, **{"num_heads": 4, **arguments})
@@ -338,33 +338,33 @@ def test_what_cannot_be_explained_is_refused(tmp_path: Path, name: str, suffix: 
         torch.save(mae_file(state), path)
     else:
         save_file(state, path)
-    refused(path, expected)
-    refused(path, img_size=(64, 48))
+    assert_refused(path, expected)
+    assert_refused(path, img_size=(64, 48))
 
 
 @pytest.mark.parametrize("num_heads", [None, 0])
 def test_unknown_heads_are_asked_for(tmp_path: Path, num_heads: int | None) -> None:
     torch.save(mae_file(noisy().state_dict()), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "width 48", "num_heads", num_heads=num_heads)
+    assert_refused(tmp_path / "mae.pth", "width 48", "num_heads", num_heads=num_heads)
 
 
 @pytest.mark.parametrize(("num_heads", "reason"), [(5, "not divisible by num_heads=5"), (-4, "num_heads")])
 def test_heads_that_do_not_fit_are_refused(tmp_path: Path, num_heads: int, reason: str) -> None:
     torch.save(mae_file(noisy().state_dict()), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", reason, num_heads=num_heads)
+    assert_refused(tmp_path / "mae.pth", reason, num_heads=num_heads)
 
 
 def test_tensors_larger_than_what_is_stored_of_them_are_refused(tmp_path: Path) -> None:
     state = noisy().state_dict()
     state["pos_embed"] = torch.ones(1).expand(1, 1 + 10**12, 48)  # 4 bytes in the file
     torch.save(mae_file(state), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "pos_embed is torch.float32, expected dense floating-point values")
+    assert_refused(tmp_path / "mae.pth", "pos_embed is torch.float32, expected dense floating-point values")
     state["pos_embed"] = torch.ones(1, 17, 48, device="meta")
     torch.save(mae_file(state), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth")
+    assert_refused(tmp_path / "mae.pth")
     state["pos_embed"] = torch.ones(1, 17, 48).to_sparse()
     torch.save(mae_file(state), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "expected dense")
+    assert_refused(tmp_path / "mae.pth", "expected dense")
 
 
 def test_strided_weights_load(tmp_path: Path) -> None:
@@ -380,14 +380,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
     state = noisy().state_dict()
     state["blocks.2.norm1.bias"][5] = value
     torch.save(mae_file(state), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "blocks.2.norm1.bias", error=NumericError)
+    assert_refused(tmp_path / "mae.pth", "blocks.2.norm1.bias", error=NumericError)
 
 
 def test_weights_too_large_for_float32_are_refused(tmp_path: Path) -> None:
     state = noisy().state_dict()
     state["cls_token"] = state["cls_token"].double() + 1e300
     torch.save(mae_file(state), tmp_path / "mae.pth")
-    refused(tmp_path / "mae.pth", "cls_token", error=NumericError)
+    assert_refused(tmp_path / "mae.pth", "cls_token", error=NumericError)
 
 
 def test_what_is_ignored_may_be_anything(tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_what_is_ignored_may_be_anything(tmp_path: Path) -> None:
 )
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, reason: str) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    refused(tmp_path / "weights.pth", reason)
+    assert_refused(tmp_path / "weights.pth", reason)
 
 
 def test_hugging_face_faults_are_refused(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_hugging_face_faults_are_refused(tmp_path: Path) -> None:
     ]
     for state, expected in changes:
         save_file(state, path)
-        refused(path, expected)
+        assert_refused(path, expected)
 
 
 def zipped_state() -> bytes:
@@ -466,19 +466,19 @@ def zipped_state() -> bytes:
 def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, data: bytes, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(data)
-    refused(path)
+    assert_refused(path)
 
 
 def test_paths_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no model.safetensors in it")
-    refused(tmp_path / "absent.pth", "No such file or directory")
-    refused(tmp_path / "absent.safetensors", "No such file or directory")
+    assert_refused(tmp_path / "empty", "no model.safetensors in it")
+    assert_refused(tmp_path / "absent.pth", "No such file or directory")
+    assert_refused(tmp_path / "absent.safetensors", "No such file or directory")
     (tmp_path / "folder.pth").mkdir()
-    refused(tmp_path / "folder.pth", "no model.safetensors in it")
+    assert_refused(tmp_path / "folder.pth", "no model.safetensors in it")
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / "pytorch_model.bin").write_bytes(zipped_state())
-    refused(tmp_path / "sharded", "no model.safetensors in it")
+    assert_refused(tmp_path / "sharded", "no model.safetensors in it")
 
 
 # Pickles that run code, and safetensors that lie
@@ -526,11 +526,11 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
     for zipped in (True, False):
         path = tmp_path / f"evil_{zipped}.pth"
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-        refused(path, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set" if forced else "any code")
+        assert_refused(path, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set" if forced else "any code")
         assert not canary.exists()
     for plain in (tmp_path / "evil.bin", tmp_path / "evil.safetensors"):
         plain.write_bytes(pickle.dumps(content))
-        refused(plain)
+        assert_refused(plain)
         assert not canary.exists()
 
 
@@ -547,7 +547,7 @@ def test_a_pickle_that_needs_another_class_is_refused_with_the_reason(
 ) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({**mae_file(noisy().state_dict()), "args": argparse.Namespace(output_dir=value)}, path)
-    message = refused(path, "refused, it wants to load ", wanted, "safetensors")
+    message = assert_refused(path, "refused, it wants to load ", wanted, "safetensors")
     assert "weights_only" not in message  # torch's advice to switch the check off is not passed on
 
 
@@ -604,7 +604,7 @@ def test_a_hostile_safetensors_header_is_refused(tmp_path: Path, name: str, fold
         path.mkdir()
     data = struct.pack("<Q", len(header) if length is None else length) + header + bytes(num_bytes)
     (path / "model.safetensors" if folder else path).write_bytes(data)
-    refused(path)
+    assert_refused(path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

@@ -143,7 +143,9 @@ def test_grey_has_one_channel_where_asked() -> None:
         (Image.new("1", (3, 2), 0), "PNG", {"transparency": 0}, (255, 255, 255)),
     ],
 )
-def test_what_is_transparent_lies_on_white(image: Image.Image, file_format: str, options: dict, expected: tuple) -> None:
+def test_what_is_transparent_lies_on_white(
+    image: Image.Image, file_format: str, options: dict, expected: tuple
+) -> None:
     decoded = decode(encoded(image, file_format, **options))
     assert decoded.shape == (3, 2, 3)
     assert torch.equal(decoded, torch.tensor(expected, dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 3))
@@ -166,7 +168,9 @@ def test_a_half_transparent_palette_entry_is_blended() -> None:
     assert decoded[:, 0].T.tolist() == [[204, 224, 244], [200, 100, 50]]
 
 
-@pytest.mark.parametrize(("file_format", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("PPM", "<u2"), ("TIFF", "<i4")])
+@pytest.mark.parametrize(
+    ("file_format", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("PPM", "<u2"), ("TIFF", "<i4")]
+)
 def test_16_bit_grey_is_scaled_by_its_range(file_format: str, dtype: str) -> None:
     ramp = np.arange(65536).reshape(256, 256)
     decoded = decode(encoded(Image.fromarray(ramp.astype(dtype)), file_format))
@@ -229,7 +233,11 @@ def test_a_single_pixel_is_an_image(file_format: str, channels: int) -> None:
     ],
 )  # fmt: skip
 def test_exif_orientation_is_applied_once(orientation: int, file_format: str, mode: str, options: dict) -> None:
-    image = Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W) * 64) if mode == "I;16" else UPRIGHT.convert(mode)
+    image = (
+        Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W) * 64)
+        if mode == "I;16"
+        else UPRIGHT.convert(mode)
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
     plain = decode(encoded(image, file_format, **options))
@@ -410,7 +418,10 @@ def test_png_with_one_flipped_byte_at_any_place(mode: str) -> None:
             mutant = bytearray(data)
             mutant[place] ^= 0x41
             refused += not is_image_or_refused(bytes(mutant))
-            for start, end in spans:  # the same with the checksum made right, so that it is not the checksum that saves us
+            for (
+                start,
+                end,
+            ) in spans:  # the same with the checksum made right, so that it is not the checksum that saves us
                 if start <= place < end:
                     mutant[end : end + 4] = struct.pack(">I", zlib.crc32(mutant[start:end]))
                     is_image_or_refused(bytes(mutant))

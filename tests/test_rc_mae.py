@@ -116,7 +116,7 @@ def fixture_images() -> tuple[Tensor, Tensor]:
     return images, ((t + 1) * (0.6180339887498949 + 0.1 * n)) % 1.0
 
 
-def close(value: float | Tensor, expected: float) -> None:
+def assert_near(value: float | Tensor, expected: float) -> None:
     assert float(torch.as_tensor(value).detach()) == pytest.approx(expected, rel=1e-10)
 
 
@@ -128,20 +128,20 @@ def test_worked_fixture_forward() -> None:
     assert ids[1].tolist() == [6, 13, 2, 9, 5, 12, 1, 8, 15, 4, 11, 0, 7, 14, 3, 10]
     patches = patchify(images, 8)
     prediction = student.predict_all(patches, ids[:, :4], ids[:, 4:])
-    close(prediction.sum(), -56.855965393475)
-    close(prediction[0, 0, 0], 0.588055344558)
-    close(prediction[1, 15, 191], -1.075809050889)
-    close(teacher.predict_all(patches, ids[:, :4], ids[:, 4:]).sum(), -53.088457132129)
+    assert_near(prediction.sum(), -56.855965393475)
+    assert_near(prediction[0, 0, 0], 0.588055344558)
+    assert_near(prediction[1, 15, 191], -1.075809050889)
+    assert_near(teacher.predict_all(patches, ids[:, :4], ids[:, 4:]).sum(), -53.088457132129)
     # The spec calls these entries "normalised"; they are those of the raw target, as the losses below prove.
     target = reconstruction_target(patches, False)
     for index, value in enumerate((-0.167009206600358, -0.5772177562434183, -0.7129624380857771)):
-        close(target[0, 5, index], value)
-    close(target[1, 15, 190], -0.6637003840005633)
-    close(target[1, 15, 191], -0.8490002004147879)
+        assert_near(target[0, 5, index], value)
+    assert_near(target[1, 15, 190], -0.6637003840005633)
+    assert_near(target[1, 15, 191], -0.8490002004147879)
     for norm_pix, wanted in ((False, 1.942197264612953), (True, 2.412784282280018)):
         reconstruction, consistency, _, _ = losses_of(student, teacher, images, ids, norm_pix)
-        close(reconstruction, wanted)
-        close(consistency, 0.008489536372899)
+        assert_near(reconstruction, wanted)
+        assert_near(consistency, 0.008489536372899)
 
 
 def test_worked_fixture_gradients_step_and_second_forward() -> None:
@@ -160,8 +160,8 @@ def test_worked_fixture_gradients_step_and_second_forward() -> None:
     }  # fmt: skip
     parameters = dict(student.named_parameters())
     for name, wanted in norms.items():
-        close(parameters[name].grad.norm(), wanted)
-    close(torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]).norm(), 4.171629732449)
+        assert_near(parameters[name].grad.norm(), wanted)
+    assert_near(torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]).norm(), 4.171629732449)
 
     optimizer = adamw(decay_groups(student.named_parameters(), 0.05), OptimConfig())
     for group in optimizer.param_groups:
@@ -172,13 +172,13 @@ def test_worked_fixture_gradients_step_and_second_forward() -> None:
     sums = [
         (sum(p.sum() for p in n.parameters()), sum((p**2).sum() for p in n.parameters())) for n in (student, teacher)
     ]
-    close(sums[0][0], 472.042104981766)
-    close(sums[0][1], 1011.523743973289)
-    close(sums[1][0], 472.111021880940)
-    close(sums[1][1], 1012.135675202375)
+    assert_near(sums[0][0], 472.042104981766)
+    assert_near(sums[0][1], 1011.523743973289)
+    assert_near(sums[1][0], 472.111021880940)
+    assert_near(sums[1][1], 1012.135675202375)
     reconstruction, consistency, _, _ = losses_of(student, teacher, images, ids, True)
-    close(reconstruction, 2.225695653280789)
-    close(consistency, 0.008634652423975)
+    assert_near(reconstruction, 2.225695653280789)
+    assert_near(consistency, 0.008634652423975)
 
 
 # ---- fast path against plain twin ----------------------------------------------------------------------------------

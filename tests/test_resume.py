@@ -3,24 +3,12 @@
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import ForkServer, fresh, kill_after
-from tests.tiny import draw_images, tiny_overrides
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("data"))
+from tests.tiny import tiny_overrides
 
 
 def digest(out: Path) -> str:

@@ -9,26 +9,13 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.harness import ROOT, ForkServer
 from tests.tiny import draw_images, tiny_overrides
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("data"))
 
 
 def refused(server: ForkServer, overrides: list[str], log: Path, code: int) -> str:
@@ -80,9 +67,7 @@ def test_another_configuration_is_refused_key_by_key(server: ForkServer, data: P
 def test_other_data_is_refused(server: ForkServer, data: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     assert server.run(tiny_overrides(data, out), log) == 0
-    assert "started with 48" in refused(
-        server, tiny_overrides(draw_images(tmp_path / "d", 50), out), log, 3
-    )
+    assert "started with 48" in refused(server, tiny_overrides(draw_images(tmp_path / "d", 50), out), log, 3)
 
 
 def test_a_batch_larger_than_the_data(server: ForkServer, data: Path, tmp_path: Path) -> None:

@@ -71,7 +71,12 @@ def test_an_extreme_image_still_has_a_crop(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("size", "box"),
-    [((1, 4000), (0, 1999, 1, 1)), ((4000, 1), (1999, 0, 1, 1)), ((30, 4000), (0, 1980, 30, 40)), ((4000, 30), (1980, 0, 40, 30))],
+    [
+        ((1, 4000), (0, 1999, 1, 1)),
+        ((4000, 1), (1999, 0, 1, 1)),
+        ((30, 4000), (0, 1980, 30, 40)),
+        ((4000, 30), (1980, 0, 40, 30)),
+    ],
 )
 def test_after_ten_misses_the_central_crop_is_taken(size: tuple[int, int], box: tuple[int, ...]) -> None:
     config = AugmentConfig(min_scale=1.0)  # the whole area in a ratio of at most 4:3 never fits such a strip
@@ -111,10 +116,10 @@ def test_crop_and_flip_draw_only_from_the_given_generator() -> None:
         return random_crop_flip(image, (32, 32), AugmentConfig(), np.random.default_rng(seed))
 
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     first = [crop(seed) for seed in range(8)]
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     assert all(torch.equal(a, crop(seed)) for seed, a in enumerate(first))
     assert not any(torch.equal(first[0], other) for other in first[1:])
 
@@ -193,7 +198,9 @@ def test_a_size_that_is_not_square_covers_its_share() -> None:
 def test_strips_do_not_grow_to_gigabytes(image_size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args: made.append(math.prod(size)) or resize(self, size, *args))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *args: made.append(math.prod(size)) or resize(self, size, *args)
+    )
     result = resize_center_crop(noise_image(*image_size), (224, 224), 0.875)
     assert result.shape == (3, 224, 224)
     assert max(made) <= 16 * 256 * 256
@@ -211,7 +218,9 @@ def test_of_a_strip_the_middle_is_kept() -> None:
 def test_normalize_is_the_published_formula() -> None:
     images = torch.stack([noise_image(5, 7), noise_image(5, 7).flip(-1)])
     result = normalize(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
-    expected = torch.stack([VF.normalize(VF.to_dtype(i, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD) for i in images])
+    expected = torch.stack(
+        [VF.normalize(VF.to_dtype(i, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD) for i in images]
+    )
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 

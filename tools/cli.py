@@ -124,7 +124,7 @@ def _fail(error: RcmaeError) -> int:
 
 
 def _from_os_error(error: OSError) -> MachineError:
-    where = shown(str(error.filename)) if error.filename else "a file"
+    where = shown(str(error.filename)) if error.filename else "the disk of out= or cache="
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return MachineError(f"{where}: disk full; free some space and give the same command again")
     return MachineError(f"{where}: {error.strerror or error}")
