@@ -366,8 +366,10 @@ class _Meter:
         row = {"epoch": self._run.plan.epoch(step), **means, **speed}
         self._run.log.metrics(step, row)
         losses = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in means.items())
-        text = f"epoch {row['epoch']:.2f}  {losses}  {rate:.0f} images/s  data wait {wait_pct:.0f} %  {memory:.1f} GiB"
-        self._bar.show(step, text, (self._run.plan.total_steps - step) * seconds / steps)
+        speed_text = f"{rate:.0f} images/s  data wait {wait_pct:.0f} %  {memory:.1f} GiB"
+        epoch, loss = f"epoch {row['epoch']:.2f}", f"loss {means['train/loss']:.4g}"
+        eta_s = (self._run.plan.total_steps - step) * seconds / steps
+        self._bar.show(step, f"{epoch}  {loss}  {speed_text}", f"{epoch}  {losses}  {speed_text}", eta_s)
         self._sums, self._first, self._start, self._feed.wait_s = {}, step, time.perf_counter(), 0.0
 
     def stop(self) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from core.config import Config
 from core.files import replace_file
@@ -122,25 +123,27 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "beside_bar", False):
+            return  # the progress bar shows it
         style = "yellow" if record.levelno >= logging.WARNING else None
         self._console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class ProgressBar:
-    """A bar with ETA on a terminal; elsewhere one line per log interval, with the same figures."""
+    """A bar with ETA on a terminal; elsewhere, and always in train.log, one line per log interval."""
 
     def __init__(self, console: Console, total_steps: int, step: int) -> None:
         self._live = console.is_terminal
         self._total = total_steps
+        figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("eta", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            figures,
             console=console,
+            expand=True,
             disable=not self._live,
         )
         self._task = self._bar.add_task("step", total=total_steps, completed=step, figures="")
@@ -150,11 +153,11 @@ class ProgressBar:
         """Move the bar to `step` finished steps."""
         self._bar.update(self._task, completed=step)
 
-    def show(self, step: int, figures: str, eta_s: float) -> None:
-        """Show the latest figures."""
-        self._bar.update(self._task, completed=step, figures=figures)
-        if not self._live:
-            logger.info("step %d/%d  eta %s  %s", step, self._total, duration(eta_s), figures)
+    def show(self, step: int, short: str, figures: str, eta_s: float) -> None:
+        """Show the latest figures: `short` beside the bar, all of them in the line."""
+        self._bar.update(self._task, completed=step, figures=short)
+        line = f"step {step}/{self._total}  eta {duration(eta_s)}  {figures}"
+        logger.info("%s", line, extra={"beside_bar": self._live})
 
     def stop(self) -> None:
         """Leave the terminal as it was."""

@@ -68,9 +68,10 @@ def test_without_a_terminal_progress_is_lines() -> None:
         console.file = io.StringIO()
         bar = ProgressBar(console, 100, 0)
         bar.advance(20)
-        bar.show(20, "loss 1", 3700.4)
+        bar.show(20, "short", "loss 1", 3700.4)
         bar.stop()
         assert "step 20/100  eta 1:01:40  loss 1" in console.file.getvalue()
+        assert "short" not in console.file.getvalue()
     assert duration(59.6) == "0:01:00"
 
 

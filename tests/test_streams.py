@@ -1,6 +1,7 @@
 """Shards behind URLs: every image once per pass, resumable at a shard, and whatever is wrong names the URL."""
 
 import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -16,11 +17,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import core.streams
+from core.checkpoint import read_checkpoint
+from core.config import load_config
 from core.errors import DataError
 from core.loader import Broken, Feed, Loaded, StreamedImages, stream_loader, worker_faults
 from core.streams import ShardStream, expand_urls, is_stream, shard_images
 from core.transforms import AugmentConfig
 from pretrain.data import PrepareSample, collate
+from pretrain.run import pretrain
+from pretrain.settings import PretrainConfig
+from tests.tiny import tiny_overrides
 
 IMAGES_PER_SHARD = 5
 PREPARE = PrepareSample((8, 8), num_patches=4, augment=AugmentConfig(), own_teacher_mask=False)
@@ -338,3 +344,26 @@ def test_a_shard_that_is_gone_ends_the_stream_with_its_url(site: Site, num_worke
     del site.pages["/1.tar"]
     text = fault_of(stream_loader(streamed(urls), num_workers, TIMEOUT_S))
     assert text == f"{urls[1]}: cannot be streamed: HTTP Error 404: Not Found"
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_on_a_stream_and_goes_on_at_a_shard(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    publish(site, broken=(7,))
+    changes = {"loader__stream_images": 15, "loader__max_broken_share": 0.1, "batch_size": 5, "warmup_epochs": 1}
+    overrides = tiny_overrides(Path("x"), tmp_path / "out", epochs=3, **changes)
+    config = load_config(PretrainConfig, None, [*overrides, f"data={site.url('/{0..2}.tar')}"])
+    summary = pretrain(config)
+    assert summary["images_seen"] == 45 and list(summary["broken_images"]) == ["1.tar/007.png"]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_0000009")
+    (shard,) = read_checkpoint(checkpoints / "step_0000008").state["feed"]["shards"]
+    assert 6 <= shard <= 8  # the third pass over three shards
+    again = pretrain(config)
+    assert again["images_seen"] == 45
+    text = capsys.readouterr().out
+    assert "15 images, streamed: a restart goes on at the shard, not at the image" in text.replace("\n", " ")
+    assert "resumed from step 8 of 9" in text
