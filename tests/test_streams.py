@@ -248,6 +248,15 @@ def test_the_order_is_drawn_from_the_seed(site: Site) -> None:
     assert first != second and first != sorted(first)
 
 
+def test_every_pass_has_its_own_order_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.streams, "shard_images", lambda url: [(url, b"")])
+    urls = tuple("abcdefgh")
+    seen = [name for _, name, _ in islice(ShardStream(urls, seed=0).images(0, 0, 1), 32)]
+    orders = [tuple(seen[start : start + 8]) for start in range(0, 32, 8)]
+    assert all(sorted(order) == list(urls) for order in orders)
+    assert len(set(orders)) == 4
+
+
 def test_one_and_two_workers_see_the_same_images_at_the_same_positions(site: Site) -> None:
     stream = ShardStream(publish(site), seed=3)
     assert sorted(passes(stream, 2, num_passes=2)) == sorted(passes(stream, 1, num_passes=2))

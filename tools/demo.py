@@ -10,7 +10,7 @@ from pretrain.settings import PretrainConfig
 from tools.world import draw_world
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "demo" / "pretrain.yaml"
-NUM_TRAIN, NUM_VAL = 3000, 500
+NUM_TRAIN, NUM_VAL = 2400, 500
 
 
 def run_demo(out: Path) -> None:
