@@ -233,6 +233,7 @@ def _scalar(node: yaml.ScalarNode, name: str) -> str | int | float | bool | None
 
 
 def _lines_of(error: ValidationError, model: type[Config], origins: Origins, where: str) -> Iterator[str]:
+    told: set[str] = set()
     for item in error.errors():
         location = [part for part in item["loc"] if isinstance(part, str)]
         key = ".".join(location)
@@ -246,7 +247,8 @@ def _lines_of(error: ValidationError, model: type[Config], origins: Origins, whe
             yield f"{where}: {key}: missing; give it in the file or as {key}=VALUE on the command line"
         elif item["type"] == "value_error":
             yield from (f"{at}: {line}" for line in str(item["ctx"]["error"]).splitlines())
-        else:
+        elif key not in told:  # pydantic names a fault once for every type that the key may have
+            told.add(key)
             expected = item["msg"].replace("Input should be ", "expected ")
             yield f"{at}: {key}: {expected[0].lower()}{expected[1:]}, got {shown(json.dumps(item['input']))[:100]}"
 

@@ -106,12 +106,15 @@ class PretrainConfig(Config):
             yield "teacher.update=micro_batch: needs engine.accumulation, which is part of the method then"
         if is_stream(self.data) and not self.loader.stream_images:
             yield "loader.stream_images: needed with shard URLs, whose images cannot be counted beforehand"
+        faults: list[str] = []
         for build in (self.vit_config, self.decoder_config):
             try:
                 build()
             except ValueError as error:
-                yield from (str(e["ctx"]["error"]) for e in error.errors() if "ctx" in e)  # type: ignore[attr-defined]
-                return
+                faults += [str(e["ctx"]["error"]) for e in error.errors() if "ctx" in e]  # type: ignore[attr-defined]
+        if faults:
+            yield from faults
+            return
         vit = self.vit_config()
         if not 0 < num_kept(vit.num_patches, self.mask_ratio) < vit.num_patches:
             yield f"mask_ratio={self.mask_ratio}: leaves no patch to see or none to predict of {vit.num_patches}"

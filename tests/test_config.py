@@ -475,3 +475,21 @@ def test_a_key_that_nobody_reads_is_found() -> None:
         loader: Group = Group()
 
     assert unread_keys(WithStaleKeys) == ["never_read_b", "loader.never_read_a"]
+
+
+def test_a_key_of_several_types_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, None, ["data=x", "out=y", "img_size=big", "mean=[a, b, c]"])
+    assert str(caught.value).splitlines() == [
+        'command line: img_size: expected a valid integer, got "big"',
+        'command line: mean: expected a valid number, got "a"',
+    ]
+
+
+def test_faults_of_encoder_and_decoder_are_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, None, ["data=x", "out=y", "vit.num_heads=5", "decoder.num_heads=7"])
+    assert [line.split(": ", 1)[1] for line in str(caught.value).splitlines()] == [
+        "embed_dim=768 is not divisible by num_heads=5",
+        "decoder.embed_dim=512 is not divisible by decoder.num_heads=7",
+    ]
