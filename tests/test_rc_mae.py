@@ -1,5 +1,6 @@
 """The method against the reference's results, the worked fixture of the spec, and its plain twin."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from core.vit import ViTConfig, gather_patches, patchify
 from pretrain.data import PretrainBatch
 from pretrain.mae import DecoderConfig, MaskedAutoencoder, num_kept, random_masking, reconstruction_target
 from pretrain.rc_mae import Method, RCMAETask, TeacherConfig, ema_update, hidden_patch_loss
-from tools.plain_step import PlainMAE, plain_ema, plain_losses, plain_optimizer
+from tools.plain_step import PlainMAE, plain_ema, plain_losses, plain_optimizer, plain_step
 
 TRUE = torch.tensor(True)
 
@@ -187,6 +188,7 @@ def test_worked_fixture_gradients_step_and_second_forward() -> None:
 def random_pair(vit: ViTConfig, decoder: DecoderConfig, seed: int) -> tuple[MaskedAutoencoder, PlainMAE]:
     fast = MaskedAutoencoder(vit, decoder).double()
     generator = torch.Generator().manual_seed(seed)
+    fast.init_weights(generator)
     with torch.no_grad():
         for p in fast.parameters():
             if p.requires_grad:
@@ -232,6 +234,23 @@ def test_fast_path_equals_plain_twin_over_three_steps(img_size: tuple[int, int],
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
         for a, b in zip(fast_teacher.parameters(), plain_teacher.parameters(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_the_whole_plain_step_learns_follows_and_stops_at_what_is_not_finite() -> None:
+    vit = ViTConfig(img_size=(16, 16), patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    _, student = random_pair(vit, DecoderConfig(embed_dim=8, depth=1, num_heads=2), 0)
+    teacher = copy.deepcopy(student)
+    optimizer, scaler = plain_optimizer(student, lr=1e-2, weight_decay=0.05), torch.amp.GradScaler("cpu", enabled=False)
+    images = torch.rand(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    figures = [plain_step(student, teacher, optimizer, scaler, images, gamma=0.5, momentum=0.5) for _ in range(12)]
+    for row in figures:
+        assert row["loss"] == pytest.approx(row["reconstruction"] + 0.5 * row["consistency"])
+    assert figures[0]["consistency"] == 0.0 and figures[-1]["reconstruction"] < 0.95 * figures[0]["reconstruction"]
+    distance = [(s - t).abs().max().item() for s, t in zip(student.parameters(), teacher.parameters(), strict=True)]
+    assert 0 < max(distance) < 0.1
+    with pytest.raises(ArithmeticError, match="loss is nan"):
+        plain_step(student, teacher, optimizer, scaler, images * float("nan"))
 
 
 # ---- masking, target, teacher ---------------------------------------------------------------------------------------
