@@ -25,7 +25,7 @@ from core.config import Config
 from core.errors import CheckpointError, ConfigError, NumericError, Preempted
 from core.loader import Feed, worker_faults
 from core.log import LogConfig, ProgressBar, RunLog
-from core.machine import memory_gib
+from core.machine import global_rng_digest, memory_gib
 from core.optim import load_optimizer_state, optimizer_state
 
 MAX_NON_FINITE_IN_ROW = 3
@@ -227,9 +227,13 @@ def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast of a precision name on a device: bf16 on a GPU and none on a CPU by default."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    """The autocast of a precision name on a device."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def uses_bf16(device: torch.device, precision: str) -> bool:
+    """Whether a precision name means bf16 autocast on a device: on a GPU and not on a CPU by default."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def choose_accumulation(batch_size: int, bytes_per_image: int, fixed_bytes: int, available_bytes: int) -> int:
@@ -260,8 +264,9 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
         raise CheckpointError(
             f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}"
         ) from None
+    here = {**run.info, "rng": global_rng_digest()}
     for key in ("threads", "device", "torch", "instruction_set", "rng"):
-        before, now = checkpoint.manifest["info"].get(key), run.info.get(key)
+        before, now = checkpoint.manifest["info"].get(key), here.get(key)
         if before != now:
             logger.warning("not bit-exact from here: %s was %s, is %s", key, before, now)
     logger.info("resumed from step %d of %d", progress.step, run.plan.total_steps)
@@ -279,7 +284,8 @@ def save(task: Task, feed: Feed, progress: Progress, run: Fit) -> str:
         "schedule": {"lr": run.lr_at(progress.step), "total_steps": run.plan.total_steps},
         "feed": {"broken": feed.broken, "shards": feed.shards},
     }
-    digest = run.store.save(progress.step, tensors, state, run.info)
+    info = {**run.info, "rng": global_rng_digest()}  # the tripwire: nothing may have drawn from the global generators
+    digest = run.store.save(progress.step, tensors, state, info)
     logger.info("saved step %d, digest %s", progress.step, digest[:16])
     return digest
 

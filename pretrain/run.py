@@ -15,7 +15,7 @@ from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import EpochOrder, Feed, StreamedImages, TrainingImages, image_loader, stream_loader
 from core.log import RunLog, console_logging, draw_curves, read_metrics
-from core.machine import environment, git_commit, global_rng_digest, seed_everything
+from core.machine import environment, git_commit, seed_everything
 from core.optim import adamw, decay_groups, warmup_cosine
 from core.run_directory import RunDirectory
 from core.streams import ShardStream, expand_urls, is_stream
@@ -90,7 +90,8 @@ def _run(
         logger.info("%s", line)
     state_bytes = checkpoint_bytes(setting.vit, setting.decoder, config.method == "rc_mae")
     require_space(directory.path, int(2.4 * state_bytes), "room for two checkpoints", None)
-    _check_same_data(setting, checkpoint)
+    info = _info(setting)
+    _check_same_data(config.data, checkpoint, info["data"])
     log.open(checkpoint.step if checkpoint else 0, directory.path.name, config.model_dump(mode="json"))
     task = build_task(setting)
     run = Fit(
@@ -110,7 +111,7 @@ def _run(
         device=setting.device,
         store=store,
         log=log,
-        info=_info(setting),
+        info=info,
     )
     feed = _build_feed(setting, checkpoint)
     progress = fit(task, feed, checkpoint, run)
@@ -189,13 +190,13 @@ def _build_feed(setting: Setting, checkpoint: Checkpoint | None) -> Feed:
     return Feed(loader, plan.accumulation, max_broken, dict(stored["broken"]), shards)
 
 
-def _check_same_data(setting: Setting, checkpoint: Checkpoint | None) -> None:
+def _check_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, Any]) -> None:
     if checkpoint is None:
         return
-    before, now = checkpoint.manifest["info"]["data"], _info(setting)["data"]
+    before = checkpoint.manifest["info"]["data"]
     if before != now:
         raise DataError(
-            f"{shown(setting.config.data)}: {now['images']} images (list {now['fingerprint']}), but the run was "
+            f"{shown(data)}: {now['images']} images (list {now['fingerprint']}), but the run was "
             f"started with {before['images']} (list {before['fingerprint']}); bring those back, or give another out="
         )
 
@@ -208,7 +209,6 @@ def _info(setting: Setting) -> dict[str, Any]:
         **{key: facts[key] for key in keys},
         "device": setting.device.type,
         "config": config_hash(setting.config),
-        "rng": global_rng_digest(),
         "data": {"images": setting.num_images, "fingerprint": fingerprint},
     }
 
@@ -218,11 +218,7 @@ def _finish(
 ) -> dict[str, Any]:
     config = setting.config
     branch = "teacher" if task.teacher is not None else "student"
-    provenance = {
-        "branch": branch, "step": progress.step, "method": config.method, "config": config_hash(config),
-        "git_commit": git_commit(),
-    }  # fmt: skip
-    export_backbone(directory.path / "backbone", task.exported, provenance, mean=config.mean, std=config.std)
+    export_branch(directory.path / "backbone", task.exported, config, branch, progress.step)
     rows = read_metrics(directory.path / "metrics.jsonl")
     if config.log.curves:
         draw_curves(rows, directory.path / "curves.png", f"{directory.path.name}: {config.method}")
@@ -255,6 +251,13 @@ def _finish(
         "figures": figures,
         "flags": _flags(setting),
     }
+
+
+def export_branch(folder: Path, model: MaskedAutoencoder, config: PretrainConfig, branch: str, step: int) -> None:
+    """Write the backbone of one branch of a run, with where it comes from."""
+    provenance = {"branch": branch, "step": step, "method": config.method, "config": config_hash(config)}
+    commit = {"git_commit": git_commit()}
+    export_backbone(folder, model, provenance | commit, mean=config.mean, std=config.std)
 
 
 def _flags(setting: Setting) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from core.checkpoint import Checkpoint, CheckpointConfig
 from core.config import Config
 from core.datasets import ImageSource
-from core.engine import EngineConfig, Plan, choose_accumulation
+from core.engine import EngineConfig, Plan, choose_accumulation, uses_bf16
 from core.errors import ConfigError, shown
 from core.loader import LoaderConfig
 from core.log import LogConfig
@@ -161,10 +161,9 @@ def settle(config: PretrainConfig, source: ImageSource | None, checkpoint: Check
     if accumulation is None and checkpoint is not None:
         accumulation = checkpoint.state["accumulation"]  # another would change the order of sums
     if accumulation is None:
-        bf16 = device.type == "cuda" if config.engine.precision == "auto" else config.engine.precision == "bf16"
         accumulation = choose_accumulation(
             config.batch_size,
-            activation_bytes(vit, decoder, config.mask_ratio, bf16),
+            activation_bytes(vit, decoder, config.mask_ratio, uses_bf16(device, config.engine.precision)),
             fixed_bytes(vit, decoder, config.method == "rc_mae"),
             available_bytes(device),
         )
@@ -185,7 +184,8 @@ def header(setting: Setting) -> list[str]:
     teacher = (
         f"gamma {config.gamma:g}, momentum {config.momentum:g} {config.teacher.schedule} per {config.teacher.update}"
     )
-    one = activation_bytes(vit, decoder, config.mask_ratio, setting.device.type == "cuda")
+    bf16 = uses_bf16(setting.device, config.engine.precision)
+    one = activation_bytes(vit, decoder, config.mask_ratio, bf16)
     memory = PROGRAM_BYTES + fixed_bytes(vit, decoder, with_teacher) + plan.micro_batch * one
     disk = (config.checkpoint.keep + 1) * checkpoint_bytes(vit, decoder, with_teacher)
     flops = step_flops(vit, decoder, config.mask_ratio, with_teacher)

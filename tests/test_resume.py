@@ -57,6 +57,7 @@ def test_five_random_kills(server: ForkServer, data: Path, tmp_path: Path, worke
     assert codes == [-9] * 5
     assert server.run(tiny_overrides(data, out, **longer), log) == 0, log.read_text()
     assert_whole(out, reference)
+    assert "resumed from step" in log.read_text() and "not bit-exact" not in log.read_text()
 
 
 def test_a_mutation_that_forgets_the_teacher_would_be_seen(server: ForkServer, data: Path, tmp_path: Path) -> None:

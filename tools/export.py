@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint, read_checkpoint
-from core.config import config_hash, load_config
+from core.config import load_config
 from core.errors import CheckpointError, ConfigError, shown
-from core.machine import git_commit
 from pretrain.mae import MaskedAutoencoder
+from pretrain.run import export_branch
 from pretrain.settings import PretrainConfig
 
 
@@ -25,11 +24,7 @@ def export_run(source: Path, branch: str, out: Path | None = None) -> Path:
     model = MaskedAutoencoder(config.vit_config(), config.decoder_config())
     model.load_state_dict(checkpoint.tensors[branch])
     target = out or run / f"backbone_{branch}"
-    provenance = {
-        "branch": branch, "step": checkpoint.step, "method": config.method, "config": config_hash(config),
-        "git_commit": git_commit(),
-    }  # fmt: skip
-    export_backbone(target, model, provenance, mean=config.mean, std=config.std)
+    export_branch(target, model, config, branch, checkpoint.step)
     return target
 
 
