@@ -1,35 +1,51 @@
-"""The one training loop: Task protocol, `train_step`, `fit`.
+"""The one training loop: `train_step`, `fit`, and what a checkpoint of it holds.
 
-A step: take the micro-batches of one global batch, accumulate gradients, decide on the device whether loss and
-gradient are finite, update or suppress, let the task follow (EMA). Off the log interval nothing is read from the device
-but the finite counters, copied without blocking and read two steps later.
+A step: take this process's micro-batches of one global batch, accumulate gradients, decide on the device whether loss
+and gradient are finite on all processes, update or suppress, let the task follow (EMA). Off the log interval nothing is
+read from the device but flags and counters, copied without blocking and read two steps later.
 """
 
 import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from rich.console import Console
+from torch import Tensor
 
 from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from core.config import Config
-from core.errors import CheckpointError, ConfigError, NumericError, Preempted
+from core.distributed import Processes, Tensors
+from core.errors import CheckpointError, ConfigError, DistributedError, NumericError, Preempted
 from core.loader import Feed, worker_faults
 from core.log import LogConfig, ProgressBar, RunLog
 from core.machine import global_rng_digest, memory_gib
 from core.optim import load_optimizer_state, optimizer_state
+from core.parallel import Mode, Parallel, fingerprints, full, gathered, like
+from core.task import Place, Task
+from core.watch import BACKWARD, EVALUATING, FIRST, FORWARD, LOADING, SAVING, UPDATING
 
 MAX_NON_FINITE_IN_ROW = 3
 FLAG_DELAY_STEPS = 2
+
+# What must be as it was for a resumed run to give the same bits, and what another value does.
+_INEXACT = {
+    "threads": "",
+    "device": "",
+    "torch": "",
+    "instruction_set": "",
+    "rng": "",
+    "processes": ": gradients are summed in another order",
+    "micro_batch": ": losses are averaged, and model noise drawn, over other groups of images",
+    "parallel": ": gradients are summed in another order",
+}
 
 logger = logging.getLogger("rcmae")
 
@@ -39,29 +55,9 @@ class EngineConfig(Config):
 
     accumulation: PositiveInt | None = None  # micro-batches per global batch; None: as few as the memory allows
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    parallel: Mode = "ddp"  # how several processes share the gradient; fsdp2 for models that do not fit
+    timeout_s: PositiveInt = 300  # longest silence of a process in a step; five times that for loading, saving, start
     evaluate_every_steps: PositiveInt = 1000  # probes and pictures; also before the first and after the last step
-
-
-class Task(Protocol):
-    """What is trained. The engine knows nothing else about it."""
-
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """Weighted losses of one micro-batch, each its mean, 0-dim; their sum is differentiated."""
-
-    def after_update(self, step: int, finite: Tensor) -> None:
-        """Follow an optimizer update (EMA); where the 0-dim bool `finite` is False, change nothing."""
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Figures that need a pass over other data."""
-
-    def pictures(self, step: int) -> dict[str, np.ndarray]:
-        """Pictures worth keeping, name -> uint8 [H, W, 3]."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer sees, by the names of a checkpoint."""
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Modules that a checkpoint holds, by file stem."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,19 @@ class Plan:
 
     num_images: int
     batch_size: int
-    accumulation: int
+    accumulation: int  # micro-batches per process
     epochs: int
+    num_processes: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a global batch, over all processes."""
+        return self.accumulation * self.num_processes
 
     @property
     def micro_batch(self) -> int:
         """Images per forward pass."""
-        return self.batch_size // self.accumulation
+        return self.batch_size // self.micro_batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,8 +107,11 @@ class Fit:
     lr_at: Callable[[int], float]
     clip_grad: float | None
     device: torch.device
-    store: CheckpointStore
-    log: RunLog
+    processes: Processes
+    parallel: Parallel
+    store: CheckpointStore | None  # on the first process, as the log
+    log: RunLog | None
+    console: Console
     info: dict[str, Any] = field(default_factory=dict)  # goes into manifests: versions, threads, config hash
 
 
@@ -118,37 +123,47 @@ class Progress:
     skipped: int = 0  # non-finite steps, suppressed
 
 
-class FiniteGuard:
-    """Counts non-finite steps on the device and reports them two steps late, without ever waiting for the device."""
+class Counts(NamedTuple):
+    """What is known of the steps so far."""
+
+    in_row: int = 0  # most non-finite steps in a row
+    total: int = 0  # non-finite steps
+    stop: int = 0  # 1: some process was asked to stop
+
+
+class FlagReader:
+    """Counts non-finite steps on the device, and reports them and stop flags late, without waiting for the device.
+
+    What it reports is a function of the step asked for, so all processes act at the same step.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # in a row, most in a row
-        self._total = torch.zeros((), dtype=torch.int64, device=device)
+        self._row = torch.zeros(2, dtype=torch.int32, device=device)  # in a row now, most in a row
+        self._total = torch.zeros((), dtype=torch.int32, device=device)
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
+        self._counts = Counts()
         self._cuda = device.type == "cuda"
 
-    def record(self, step: int, finite: Tensor) -> None:
-        """Note the flag of a step; starts a copy to the host."""
-        bad = (~finite).to(torch.int64)
-        in_row = (self._counters[0] + 1) * bad
-        self._counters = torch.stack([in_row, torch.maximum(self._counters[1], in_row)])
+    def record(self, step: int, bad: Tensor, stop: Tensor) -> None:
+        """Note the 0-dim int32 flags of a step; starts a copy to the host."""
+        in_row = (self._row[0] + 1) * bad
+        self._row = torch.stack([in_row, torch.maximum(self._row[1], in_row)])
         self._total = self._total + bad
-        counts = torch.stack([*self._counters, self._total])
-        host = torch.empty(3, dtype=torch.int64, pin_memory=self._cuda).copy_(counts, non_blocking=True)
+        counts = torch.stack([self._row[1], self._total, stop])
+        host = torch.empty(3, dtype=torch.int32, pin_memory=self._cuda).copy_(counts, non_blocking=True)
         event = torch.cuda.Event() if self._cuda else None
         if event:
             event.record()
         self._pending.append((step, host, event))
 
-    def read(self, upto_step: int) -> tuple[int, int] | None:
-        """(most bad steps in a row, bad steps in all) as of the last recorded step <= upto_step, or None."""
-        latest = None
+    def read(self, upto_step: int) -> Counts:
+        """What was recorded up to and including a step."""
         while self._pending and self._pending[0][0] <= upto_step:
             _, host, event = self._pending.popleft()
             if event:
                 event.synchronize()
-            latest = host
-        return (int(latest[1]), int(latest[2])) if latest is not None else None
+            self._counts = Counts(*host.tolist())
+        return self._counts
 
 
 def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progress:
@@ -158,21 +173,29 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
     feed raises. At a raise the newest checkpoint on disk is good.
     """
     progress = restore(task, resumed, run) if resumed else Progress()
-    guard = FiniteGuard(run.device)
+    flags = FlagReader(run.device)
     skipped_before = progress.skipped
-    if progress.step == 0:
-        _evaluate(task, run, 0)
-    meter = _Meter(feed, run, progress.step)
-    saved_step = progress.step if resumed else -1
     with stop_signal() as stopped, worker_faults():
+        if run.parallel.needs_warm_up and progress.step < run.plan.total_steps:
+            run.processes.enter(LOADING, progress.step)
+            _warm_up(task, feed.peek(), run, progress.step)
+        if progress.step == 0:
+            _evaluate(task, run, 0)
+        meter = _Meter(feed, run, progress.step)
+        first_step, saved_step = progress.step, progress.step if resumed else -1
         try:
             while progress.step < run.plan.total_steps:
-                figures = train_step(task, feed.take(), run, progress.step, guard)
+                run.processes.enter(LOADING, progress.step)
+                batches = feed.take()
+                run.processes.enter(FIRST if progress.step == first_step else FORWARD, progress.step)
+                figures = train_step(task, batches, run, progress.step, flags, bool(stopped))
                 progress.step += 1
-                counts = guard.read(progress.step - 1 - FLAG_DELAY_STEPS)
-                due = _due(progress.step, run) or bool(stopped)
+                counts = flags.read(progress.step - 1 - FLAG_DELAY_STEPS)
+                # Alone, a process need not wait to hear that it was asked to stop itself.
+                stop = bool(stopped) if run.processes.size == 1 else bool(counts.stop)
+                due = _due(progress.step, run) or stop
                 if due:  # no checkpoint before its own flags were read
-                    counts = guard.read(progress.step) or counts
+                    counts = flags.read(progress.step)
                 _check(counts, progress, skipped_before, saved_step)
                 meter.update(progress.step, figures)
                 if progress.step % run.config.evaluate_every_steps == 0 or progress.step == run.plan.total_steps:
@@ -181,38 +204,62 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
                 if due:
                     save(task, feed, progress, run)
                     saved_step = progress.step
-                if stopped and progress.step < run.plan.total_steps:
-                    raise Preempted(f"stopped by {stopped[0]} at step {progress.step}, saved; the same command goes on")
+                if stop and progress.step < run.plan.total_steps:
+                    by = stopped[0] if stopped else "a signal to another process"
+                    raise Preempted(f"stopped by {by} at step {progress.step}, saved; the same command goes on")
         finally:
             meter.stop()
     return progress
 
 
-def train_step(task: Task, micro_batches: list[Any], run: Fit, step: int, guard: FiniteGuard) -> dict[str, Any]:
-    """One optimizer update, suppressed on the device if loss or gradient are not finite.
+def train_step(
+    task: Task, micro_batches: list[Any], run: Fit, step: int, flags: FlagReader, stop: bool = False
+) -> dict[str, Any]:
+    """One optimizer update, suppressed on the device if loss or gradient are not finite on any process.
 
-    Returns: mean losses and gradient norm as 0-dim device tensors, and the rate; no host sync.
+    Args:
+        micro_batches: this process's share of the global batch.
+        stop: whether this process was asked to stop; told to the others with the same reduction.
+    Returns: this process's mean losses and the gradient norm as 0-dim device tensors, and the rate; no host sync.
     """
     lr = run.lr_at(step)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     figures: dict[str, Any] = {}
-    for batch in micro_batches:
-        with autocast(run.device, run.config.precision):
-            losses = task.losses(batch.to(run.device), step)
-        total = torch.stack(list(losses.values())).sum() / len(micro_batches)
-        total.backward()
+    for turn, batch in enumerate(micro_batches):
+        at = Place(step, turn * run.processes.size + run.processes.rank, turn)
+        with run.parallel.exchange(last=turn == len(micro_batches) - 1):
+            with autocast(run.device, run.config.precision):
+                losses = run.parallel.losses(batch.to(run.device), at)
+            total = torch.stack(list(losses.values())).sum() / len(micro_batches)
+            run.processes.enter(BACKWARD, step)
+            total.backward()
         for name, value in {**losses, "loss": total.detach() * len(micro_batches)}.items():
             figures[name] = figures.get(name, 0) + value.detach() / len(micro_batches)
+    run.processes.enter(UPDATING, step)
     gradients = [p.grad for _, p in task.named_parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(norm) & torch.isfinite(figures["loss"])
+    norm = full(torch.nn.utils.get_total_norm(gradients))
+    bad = ~(torch.isfinite(norm) & torch.isfinite(figures["loss"]))
+    told = run.processes.any_(torch.stack([bad, torch.full_like(bad, stop)]).to(torch.int32))
+    finite = told[0] == 0
     if run.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_([p for _, p in task.named_parameters()], run.clip_grad, norm)
     update(run.optimizer, finite)
     task.after_update(step, finite)
-    guard.record(step, finite)
+    flags.record(step, told[0], told[1])
     return {**figures, "grad_norm": norm, "lr": lr}
+
+
+def _warm_up(task: Task, micro_batches: list[Any], run: Fit, step: int) -> None:
+    """One backward pass whose gradient is thrown away; leaves weights, buffers and generators as they were."""
+    run.processes.enter(FIRST, step)
+    buffers = {buffer: buffer.clone() for module in task.modules().values() for buffer in module.buffers()}
+    with autocast(run.device, run.config.precision):
+        losses = run.parallel.losses(micro_batches[0].to(run.device), Place(step, run.processes.rank, 0))
+    torch.stack(list(losses.values())).sum().backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in buffers.items():
+        buffer.copy_(before)
 
 
 def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -255,7 +302,9 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
     """Load a verified checkpoint into task and optimizer. Raises: CheckpointError if it belongs to another model."""
     try:
         for stem, module in task.modules().items():
-            module.load_state_dict(checkpoint.tensors[stem])
+            own = module.state_dict()
+            stored = checkpoint.tensors[stem]
+            module.load_state_dict({name: like(t, own[name]) if name in own else t for name, t in stored.items()})
         names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
         load_optimizer_state(run.optimizer, names, checkpoint.tensors["optimizer"])
         progress = Progress(**checkpoint.state["progress"])
@@ -264,42 +313,75 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
         raise CheckpointError(
             f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}"
         ) from None
-    here = {**run.info, "rng": global_rng_digest()}
-    for key in ("threads", "device", "torch", "instruction_set", "rng"):
+    here = {**run.info, **_layout(run), "rng": global_rng_digest()}
+    for key, effect in _INEXACT.items():
         before, now = checkpoint.manifest["info"].get(key), here.get(key)
         if before != now:
-            logger.warning("not bit-exact from here: %s was %s, is %s", key, before, now)
+            logger.warning("not bit-exact from here: %s was %s, is %s%s", key, before, now, effect)
     logger.info("resumed from step %d of %d", progress.step, run.plan.total_steps)
     return progress
 
 
 def save(task: Task, feed: Feed, progress: Progress, run: Fit) -> str:
-    """Write the checkpoint of the finished step; returns its digest. Call only after its finite flags were read."""
+    """Write the checkpoint of the finished step; returns its digest. Call only after its finite flags were read.
+
+    Every process calls it, at the same step; the first writes.
+    """
+    run.processes.enter(SAVING, progress.step)
     names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
     tensors = {stem: dict(module.state_dict()) for stem, module in task.modules().items()}
     tensors["optimizer"] = optimizer_state(run.optimizer, names)
+    if run.parallel.replicated:
+        _require_equal(fingerprints(tensors), run.processes, progress.step)
+    whole = gathered(tensors, run.processes) if run.processes.size > 1 else tensors
+    broken, shards = feed.shared(run.processes)
     state = {
         "progress": vars(progress).copy(),
-        "accumulation": run.plan.accumulation,
+        "micro_batches": run.plan.micro_batches,
         "schedule": {"lr": run.lr_at(progress.step), "total_steps": run.plan.total_steps},
-        "feed": {"broken": feed.broken, "shards": feed.shards},
+        "feed": {"broken": broken, "shards": shards},
     }
-    info = {**run.info, "rng": global_rng_digest()}  # the tripwire: nothing may have drawn from the global generators
-    digest = run.store.save(progress.step, tensors, state, info)
+    # The random digest is a tripwire: nothing may have drawn from the global generators.
+    info = {**run.info, **_layout(run), "rng": global_rng_digest()}
+    digest = run.processes.on_main(lambda: _write(run.store, progress.step, whole, state, info))
     logger.info("saved step %d, digest %s", progress.step, digest[:16])
     return digest
 
 
+def _write(store: CheckpointStore | None, step: int, tensors: Tensors, state: dict, info: dict) -> str:
+    assert store is not None, "the first process has the store"
+    return store.save(step, tensors, state, info)
+
+
+def _layout(run: Fit) -> dict[str, Any]:
+    mode = run.config.parallel if run.processes.size > 1 else "alone"
+    return {"processes": run.processes.size, "micro_batch": run.plan.micro_batch, "parallel": mode}
+
+
+def _require_equal(mine: dict[str, int], processes: Processes, step: int) -> None:
+    everywhere = processes.gather(mine)
+    for name, value in everywhere[0].items():
+        for rank, other in enumerate(everywhere):
+            if other.get(name) != value:
+                raise DistributedError(
+                    f"{name} of rank {rank} is not what rank 0 has, though both did the same up to step {step}: a "
+                    "fault of memory or machine; nothing of it was saved; the same command goes on from the last good "
+                    "checkpoint"
+                )
+
+
 @contextmanager
 def stop_signal() -> Iterator[list[str]]:
-    """While open, SIGINT, SIGTERM and SIGUSR1 append their name to the yielded list instead of ending the process."""
+    """While open, a signal to stop appends its name to the yielded list instead of ending the process."""
     received: list[str] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup
         try:
             previous[number] = signal.signal(number, note)
         except ValueError:  # not the main thread: signals are somebody else's business
@@ -315,27 +397,28 @@ def _due(step: int, run: Fit) -> bool:
     return step == run.plan.total_steps or step % run.checkpoint_config.every_steps == 0
 
 
-def _check(counts: tuple[int, int] | None, progress: Progress, skipped_before: int, saved_step: int) -> None:
-    if counts is None:
-        return
-    most_in_row, total = counts
-    if skipped_before + total > progress.skipped:
-        logger.warning("non-finite loss or gradient: update suppressed, %d in all so far", skipped_before + total)
-        progress.skipped = skipped_before + total
-    if most_in_row >= MAX_NON_FINITE_IN_ROW:
+def _check(counts: Counts, progress: Progress, skipped_before: int, saved_step: int) -> None:
+    if skipped_before + counts.total > progress.skipped:
+        progress.skipped = skipped_before + counts.total
+        logger.warning("non-finite loss or gradient: update suppressed, %d in all so far", progress.skipped)
+    if counts.in_row >= MAX_NON_FINITE_IN_ROW:
         good = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "no checkpoint was written yet"
         raise NumericError(
-            f"loss or gradient not finite {most_in_row} steps in a row before step {progress.step}; {good}; "
+            f"loss or gradient not finite {counts.in_row} steps in a row before step {progress.step}; {good}; "
             "try engine.precision=fp32, optim.clip_grad=1 or a lower blr, with another out= and --resume CHECKPOINT"
         )
 
 
 def _evaluate(task: Task, run: Fit, step: int) -> None:
+    run.processes.enter(EVALUATING, step)
     figures = task.evaluate(step)
+    pictures = task.pictures(step)
+    if run.log is None:
+        return
     if figures:
         run.log.metrics(step, figures)
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    for name, pixels in task.pictures(step).items():
+    for name, pixels in pictures.items():
         run.log.picture(step, name, pixels)
 
 
@@ -344,7 +427,7 @@ class _Meter:
 
     def __init__(self, feed: Feed, run: Fit, step: int) -> None:
         self._feed, self._run = feed, run
-        self._bar = ProgressBar(run.log.console, run.plan.total_steps, step)
+        self._bar = ProgressBar(run.console, run.plan.total_steps, step)
         self._sums: dict[str, Any] = {}
         self._first, self._start = step, time.perf_counter()
         feed.wait_s = 0.0
@@ -363,14 +446,18 @@ class _Meter:
         if step % self._run.log_config.every_steps and step != self._run.plan.total_steps:
             return
         steps = step - self._first
-        means = {f"train/{name}": float(value) / steps for name, value in self._sums.items()}  # the host sync
+        sums = [torch.as_tensor(x, dtype=torch.float64, device=self._run.device) for x in self._sums.values()]
+        wait = torch.full_like(sums[0], self._feed.wait_s)
+        *totals, wait_s = self._run.processes.mean_(torch.stack([*sums, wait])).tolist()  # the host sync
+        means = {f"train/{name}": total / steps for name, total in zip(self._sums, totals, strict=True)}
         seconds = time.perf_counter() - self._start
         rate = steps * self._run.plan.batch_size / seconds
-        wait_pct = 100 * self._feed.wait_s / seconds
+        wait_pct = 100 * wait_s / seconds
         memory = memory_gib(self._run.device)
         speed = {"speed/images_per_s": rate, "speed/data_wait_pct": wait_pct, "speed/memory_gib": memory}
         row = {"epoch": self._run.plan.epoch(step), **means, **speed}
-        self._run.log.metrics(step, row)
+        if self._run.log is not None:
+            self._run.log.metrics(step, row)
         losses = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in means.items())
         speed_text = f"{rate:.0f} images/s  data wait {wait_pct:.0f} %  {memory:.1f} GiB"
         epoch, loss = f"epoch {row['epoch']:.2f}", f"loss {means['train/loss']:.4g}"

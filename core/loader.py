@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from core.config import Config
 from core.datasets import ImageSource
+from core.distributed import Processes
 from core.errors import DataError, MachineError, shown
 from core.images import MAX_PIXELS, BadImage, decode
 from core.streams import ShardStream
+from core.worker import end_with_parent
 
 MAX_TRIES = 20
 
@@ -68,9 +70,10 @@ def sample_rng(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Indices of every micro-batch from an optimizer step on, epoch after epoch; what fills no batch is left out.
+    """Indices of one process's micro-batches from an optimizer step on; what fills no batch of an epoch is left out.
 
-    A permutation per epoch drawn from (seed, epoch): a restart at any step goes on as if nothing had happened.
+    A permutation per epoch drawn from (seed, epoch): a restart at any step goes on as if nothing had happened. The
+    micro-batches of a global batch go to the processes in turn, so that it is the same batch however many there are.
     """
 
     num_images: int
@@ -79,9 +82,12 @@ class EpochOrder:
     seed: int
     first_step: int
     total_steps: int
+    rank: int = 0
+    num_processes: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield [(epoch, index), ...] of each micro-batch, those of one global batch in a row."""
+        stride = self.micro_batch * self.num_processes
         steps_per_epoch = self.num_images // self.batch_size
         order, current = np.empty(0, dtype=np.int64), -1
         for step in range(self.first_step, self.total_steps):
@@ -89,7 +95,7 @@ class EpochOrder:
             if epoch != current:
                 order, current = sample_rng(self.seed, epoch).permutation(self.num_images), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            for start in range(0, self.batch_size, self.micro_batch):
+            for start in range(self.rank * self.micro_batch, self.batch_size, stride):
                 yield [(epoch, int(index)) for index in chosen[start : start + self.micro_batch]]
 
 
@@ -130,11 +136,14 @@ class StreamedImages(IterableDataset):
     first_shard: int
     channels: int = 3
     max_pixels: int = MAX_PIXELS
+    rank: int = 0
+    num_processes: int = 1
 
     def __iter__(self) -> Iterator[Loaded]:
         """Yield micro-batches without end."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, num_workers = self.rank * num_workers + worker, self.num_processes * num_workers
         samples: list[Any] = []
         broken: list[Broken] = []
         in_a_row = 0
@@ -204,9 +213,10 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
 
 
 def _init_worker(_: int) -> None:
+    end_with_parent()
     # Signals reach the whole group; the main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_for_main_process, daemon=True).start()
 
@@ -224,10 +234,10 @@ class Feed:
 
     Attributes:
         loader: micro-batches in order.
-        accumulation: micro-batches in a global batch.
+        accumulation: micro-batches in a global batch, of this process.
         max_broken: number of distinct broken images beyond which `take` raises.
-        broken: reason by name of every broken image met so far; part of the checkpoint.
-        shards: for streams, the last shard position seen of each worker; part of the checkpoint.
+        broken: reason by name of every broken image met so far, by this process since the last checkpoint.
+        shards: for streams, the last shard position seen of each of this process's workers.
         wait_s: seconds spent waiting since it was last set to 0.
     """
 
@@ -241,22 +251,47 @@ class Feed:
     def __post_init__(self) -> None:
         self._micro_batches = iter(self.loader)
         self._taken = 0
+        self._ahead: list[Any] | None = None
 
     def take(self) -> list[Any]:
-        """The micro-batches of the next global batch.
+        """This process's micro-batches of the next global batch.
 
         Raises: DataError beyond `max_broken`.
         """
+        if self._ahead is not None:
+            batches, self._ahead = self._ahead, None
+            return batches
         start = time.perf_counter()
         batches = [self._next() for _ in range(self.accumulation)]
         self.wait_s += time.perf_counter() - start
+        self._require_few_broken()
+        return batches
+
+    def peek(self) -> list[Any]:
+        """What `take` will return next."""
+        self._ahead = self.take()
+        return self._ahead
+
+    def shared(self, processes: Processes) -> tuple[dict[str, str], list[int]]:
+        """Broken images met and shard positions reached by all processes: what a checkpoint stores.
+
+        Raises: DataError if they have met more than `max_broken` together.
+        """
+        found = processes.gather([self.broken, self.shards])
+        self.broken = {name: found_reason for broken, _ in found for name, found_reason in broken.items()}
+        if processes.is_main:
+            for name in self.broken.keys() - found[0][0].keys():
+                logger.warning("replaced %s: %s", name, self.broken[name])
+        self._require_few_broken()
+        return self.broken, [shard for _, shards in found for shard in shards]
+
+    def _require_few_broken(self) -> None:
         if len(self.broken) > self.max_broken:
             name, reason = next(reversed(self.broken.items()))
             raise DataError(
                 f"{len(self.broken)} broken images, more than loader.max_broken_share allows ({self.max_broken:g}); "
                 f"the last: {name}: {reason}; train.log names them all"
             )
-        return batches
 
     def _next(self) -> Any:
         loaded: Loaded = next(self._micro_batches)
@@ -322,11 +357,43 @@ class EvalImages(Dataset):
         return self.transform(image), label, valid
 
 
-def eval_loader(images: EvalImages, batch_size: int, num_workers: int, timeout_s: int) -> DataLoader:
-    """Full batches of `EvalBatch`, the last one filled up."""
-    rows = -(-len(images.source) // batch_size) * batch_size
+@dataclass(frozen=True)
+class EvalOrder:
+    """Full batches of one process, dealt out in turn; every process has as many, filled up past the end.
+
+    The batches are the same however many processes there are, so that each image meets the same neighbours.
+    """
+
+    num_images: int
+    batch_size: int
+    rank: int = 0
+    num_processes: int = 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the indices of each batch; those past the end stand for fillers."""
+        for turn in range(len(self)):
+            start = (turn * self.num_processes + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+    def __len__(self) -> int:
+        return -(-self.num_images // (self.batch_size * self.num_processes))
+
+
+def eval_loader(
+    images: EvalImages, batch_size: int, num_workers: int, timeout_s: int, processes: Processes
+) -> DataLoader:
+    """This process's full batches of `EvalBatch`; `in_order` brings results of all together again."""
+    order = EvalOrder(len(images.source), batch_size, processes.rank, processes.size)
     options = _worker_options(num_workers, timeout_s)
-    return DataLoader(images, batch_size, sampler=range(rows), collate_fn=_collate_eval, **options)
+    return DataLoader(images, batch_sampler=order, collate_fn=_collate_eval, **options)
+
+
+def in_order(rows: list[Tensor], valid: list[Tensor], processes: Processes) -> Tensor:
+    """Rows of the same batches [B, *] of all processes, fillers dropped, in the order of the images: [N, *]."""
+    values = processes.stack(torch.stack(rows))  # [size, batches, B, *]
+    keep = processes.stack(torch.stack(valid).to(torch.uint8))  # [size, batches, B]
+    # The batches were dealt out in turn: the first of each process, then the second of each.
+    return values.transpose(0, 1).flatten(0, 2)[keep.transpose(0, 1).flatten().bool()]
 
 
 def _collate_eval(items: Sequence[tuple[Tensor, int, bool]]) -> EvalBatch:

@@ -41,10 +41,9 @@ class LogConfig(Config):
 class RunLog:
     """Log files of one run directory; a resumed run drops what was logged beyond the step that it resumes from."""
 
-    def __init__(self, folder: Path, config: LogConfig, console: Console) -> None:
+    def __init__(self, folder: Path, config: LogConfig) -> None:
         self._folder = folder
         self._config = config
-        self.console = console
         self._file = logging.FileHandler(folder / "train.log", encoding="utf-8")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(self._file)
@@ -104,9 +103,12 @@ class RunLog:
 
 
 @contextmanager
-def console_logging() -> Iterator[Console]:
-    """While open, what the program says goes to the terminal; yields the console, for a progress bar to share."""
-    console = Console(emoji=False)  # file names are shown as they are
+def console_logging(speaks: bool = True) -> Iterator[Console]:
+    """While open, what the program says goes to the terminal; yields the console, for a progress bar to share.
+
+    With `speaks` False nothing is shown: another process of the run says it.
+    """
+    console = Console(emoji=False, quiet=not speaks)  # file names are shown as they are
     handler = _ConsoleHandler(console)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -133,7 +135,7 @@ class ProgressBar:
     """A bar with ETA on a terminal; elsewhere, and always in train.log, one line per log interval."""
 
     def __init__(self, console: Console, total_steps: int, step: int) -> None:
-        self._live = console.is_terminal
+        self._live = console.is_terminal and not console.quiet
         self._total = total_steps
         figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
         self._bar = Progress(

@@ -18,15 +18,27 @@ import torch
 from core.errors import ConfigError, shown
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a `device=` value. Raises: ConfigError for cuda where there is none."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a `device=` value, for one of the processes of this machine; a GPU becomes the current one.
+
+    Raises: ConfigError for cuda where there is none, or fewer than processes.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: this machine has no usable GPU; give device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc: this machine has {torch.cuda.device_count()} GPUs, one is needed per process; give fewer, or "
+            "device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that may still be taken: free memory of the GPU, or available memory of the machine."""
+    """Memory that may still be taken: free memory of the GPU, or available memory of the whole machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -74,6 +86,16 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git_commit": git_commit(),
     }
+
+
+def code_digest() -> str:
+    """A short digest of this program's own source: what processes of one run must have in common."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("core", "pretrain", "transfer", "robustness", "tools"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def git_commit() -> str | None:

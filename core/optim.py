@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from core.config import Config
+from core.parallel import like
 
 
 class OptimConfig(Config):
@@ -80,4 +81,5 @@ def load_optimizer_state(
         name, _, field = key.rpartition(".")
         # Adam's step counter stays where the fused kernel wants it: on the parameter's device, float32.
         parameter = by_name[name]
-        optimizer.state[parameter][field] = value.to(parameter.device)
+        same = value.shape == parameter.shape
+        optimizer.state[parameter][field] = like(value, parameter) if same else value.to(parameter.device)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from core.config import Config
 from core.datasets import ImageSource, labelled_pair
+from core.distributed import Processes
 from core.engine import autocast
 from core.knn import knn_classify, topk_accuracy_pct
-from core.loader import EvalImages, eval_loader
+from core.loader import EvalImages, eval_loader, in_order
 from core.transforms import normalize, resize_center_crop
 from core.vit import ViT
 
@@ -55,6 +56,7 @@ class KNNProbe:
     precision: str
     num_workers: int
     timeout_s: int
+    processes: Processes
 
     def __call__(self, encoder: ViT) -> dict[str, float]:
         """`probe/knn_top1_pct` and `probe/knn_top5_pct` of the encoder's features."""
@@ -70,15 +72,16 @@ class KNNProbe:
     def _features(self, encoder: ViT, source: ImageSource) -> tuple[Tensor, Tensor]:
         transform = EvalTransform(encoder.config.img_size, self.config.crop_ratio)
         images = EvalImages(source, transform, encoder.config.in_chans)
-        features, labels = [], []
-        for batch in eval_loader(images, 128, self.num_workers, self.timeout_s):
+        features, labels, valid = [], [], []
+        for batch in eval_loader(images, 128, self.num_workers, self.timeout_s, self.processes):
             pixels = normalize(batch.images.to(self.device), self.mean, self.std, torch.float32)
             with autocast(self.device, self.precision):
                 tokens = encoder.tokens(pixels)  # [B, 1 + L, D]
             feature = tokens[:, 0] if self.config.feature == "cls" else tokens[:, 1:].float().mean(dim=1)  # [B, D]
-            features.append(feature[batch.valid.to(self.device)].float())
-            labels.append(batch.labels[batch.valid].to(self.device))
-        return torch.cat(features), torch.cat(labels)
+            features.append(feature.float())
+            labels.append(batch.labels.to(self.device))
+            valid.append(batch.valid.to(self.device))
+        return in_order(features, valid, self.processes), in_order(labels, valid, self.processes)
 
 
 def open_probe_sets(config: ProbeConfig, cache: Path) -> tuple[ImageSource, ImageSource]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from core.config import Config
 from core.optim import cosine_momentum
+from core.parallel import local
+from core.task import Place
 from core.transforms import normalize
 from core.vit import gather_patches, patchify
 from pretrain.data import PretrainBatch
@@ -42,7 +44,7 @@ class Method:
 
 
 class RCMAETask:
-    """Reconstruction of hidden patches by the student, consistency with the teacher; see `core.engine.Task`."""
+    """Reconstruction of hidden patches by the student, consistency with the teacher; see `core.task.Task`."""
 
     def __init__(
         self,
@@ -60,18 +62,15 @@ class RCMAETask:
         """
         self.student, self.teacher, self.method = student, teacher, method
         self._probe, self._draw = probe, draw
-        self._micro_batch = 0  # position in the accumulation window; only update="micro_batch" reads it
         if teacher is not None:
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
-            # The fixed position tables are equal for ever and need no update.
-            self._pairs = [
-                (t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad
-            ]
 
-    def losses(self, batch: PretrainBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: PretrainBatch, at: Place) -> dict[str, Tensor]:
         """Mean squared errors over hidden patches: reconstruction, and gamma times consistency."""
-        self._follow_within_window(step)
+        if self.method.teacher.update == "micro_batch" and at.turn > 0:
+            # The released code also averages after each micro-batch that does not step the optimizer.
+            self._update_teacher(at.step, torch.ones((), dtype=torch.bool, device=batch.images.device))
         dtype = self.student.mask_token.dtype
         images = normalize(batch.images, self.method.mean, self.method.std, dtype)
         patches = patchify(images, self.student.config.patch_size)  # [B, L, V]
@@ -97,20 +96,16 @@ class RCMAETask:
 
     def after_update(self, step: int, finite: Tensor) -> None:
         """Move the teacher towards the student, once per optimizer update; not at all where `finite` is False."""
-        self._micro_batch = 0
-        if self.teacher is not None:
-            self._update_teacher(step, finite)
-
-    def _follow_within_window(self, step: int) -> None:
-        # The released code also averages after each micro-batch that does not step the optimizer.
-        if self.teacher is not None and self.method.teacher.update == "micro_batch" and self._micro_batch > 0:
-            self._update_teacher(step, torch.ones((), dtype=torch.bool, device=self.student.mask_token.device))
-        self._micro_batch += 1
+        self._update_teacher(step, finite)
 
     @torch.no_grad()
     def _update_teacher(self, step: int, finite: Tensor) -> None:
-        teachers, students = map(list, zip(*self._pairs, strict=True))
-        ema_update(teachers, students, self.momentum_at(step), finite)
+        if self.teacher is None:
+            return
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        # The fixed position tables are equal for ever and need no update. Sharded weights are averaged shard by shard.
+        teachers, students = zip(*((local(t), local(s)) for t, s in pairs if s.requires_grad), strict=True)
+        ema_update(list(teachers), list(students), self.momentum_at(step), finite)
 
     def momentum_at(self, step: int) -> float:
         """EMA momentum at an optimizer step."""

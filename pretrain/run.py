@@ -1,24 +1,31 @@
 """`rcmae pretrain`: from a configuration to a trained and exported backbone."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from core.config import config_hash
 from core.datasets import TRAIN_NAMES, ImageSource, open_images, pick_split
+from core.distributed import Planned, Processes, joined
 from core.engine import Fit, Progress, fit
 from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import EpochOrder, Feed, StreamedImages, TrainingImages, image_loader, stream_loader
 from core.log import RunLog, console_logging, draw_curves, read_metrics
-from core.machine import environment, git_commit, seed_everything
+from core.machine import code_digest, environment, git_commit, seed_everything
 from core.optim import adamw, decay_groups, warmup_cosine
+from core.parallel import Parallel
 from core.run_directory import RunDirectory
 from core.streams import ShardStream, expand_urls, is_stream
+from core.worker import note_run
 from pretrain.cost import checkpoint_bytes
 from pretrain.data import PrepareSample, collate
 from pretrain.mae import MaskedAutoencoder
@@ -39,27 +46,52 @@ def pretrain(config: PretrainConfig, resume: str = "auto", fs: FileSystem | None
     Returns: the content of summary.json.
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
-    with console_logging() as console:
-        source = _open_source(config)
+    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
+        facts = environment()
+        processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
+        processes.agree({f"configuration: {key}": value for key, value in config.model_dump(mode="json").items()})
+        processes.agree({"--resume": resume})
+        source = processes.first_on_each_machine(lambda: _open_source(config))
+        processes.agree({"data": _data_facts(config, source)})
+        with _writer(config, processes, fs) as writer:
+            checkpoint = _starting_point(writer, resume, config.out, processes)
+            setting = settle(config, source, checkpoint, processes)
+            return _run(setting, checkpoint, writer, processes, console)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What only the first process has: the run directory, its checkpoints and its log."""
+
+    directory: RunDirectory
+    store: CheckpointStore
+    log: RunLog
+
+
+@contextmanager
+def _writer(config: PretrainConfig, processes: Processes, fs: FileSystem | None) -> Iterator[Writer | None]:
+    writer: list[Writer] = []  # filled on the first process
+
+    def claim() -> None:
         directory = RunDirectory(config.out, config, HARMLESS_KEYS)
-        log = RunLog(directory.path, config.log, console)
-        try:
-            store = CheckpointStore(directory.path / "checkpoints", config.checkpoint, fs)
-            store.clean()
-            checkpoint = _starting_point(store, resume, config.out)
-            setting = settle(config, source, checkpoint)
-            summary = _run(setting, checkpoint, store, directory, log)
-            directory.write_summary(summary)
-            return summary
-        finally:
-            log.close()
-            directory.close()
+        note_run(config.out)
+        store = CheckpointStore(directory.path / "checkpoints", config.checkpoint, fs)
+        writer.append(Writer(directory, store, RunLog(directory.path, config.log)))
+        store.clean()
+
+    try:
+        processes.on_main(claim)
+        yield writer[0] if writer else None
+    finally:
+        if writer:
+            writer[0].log.close()
+            writer[0].directory.close()
 
 
-def dry_run(config: PretrainConfig) -> list[str]:
+def dry_run(config: PretrainConfig, num_processes: int = 1, local_size: int = 1) -> list[str]:
     """The header of a run that is not started. Raises what the start would raise about data and batch."""
     with console_logging():
-        return header(settle(config, _open_source(config), None))
+        return header(settle(config, _open_source(config), None, Planned(size=num_processes, local_size=local_size)))
 
 
 def _open_source(config: PretrainConfig) -> ImageSource | None:
@@ -70,7 +102,33 @@ def _open_source(config: PretrainConfig) -> ImageSource | None:
     return pick_split(whole, TRAIN_NAMES) or whole
 
 
-def _starting_point(store: CheckpointStore, resume: str, out: Path) -> Checkpoint | None:
+def _data_facts(config: PretrainConfig, source: ImageSource | None) -> dict[str, Any]:
+    if source is None:
+        return {"images": config.loader.stream_images, "fingerprint": config.data}
+    return {"images": len(source), "fingerprint": source.fingerprint()}
+
+
+def _starting_point(writer: Writer | None, resume: str, out: Path, processes: Processes) -> Checkpoint | None:
+    """The checkpoint to go on from, chosen and read by the first process and told to the others."""
+    found: list[Checkpoint | None] = [None]
+
+    def find() -> dict[str, Any] | None:
+        assert writer is not None, "only the first process reads"
+        found[0] = _find(writer.store, resume, out)
+        if found[0] is None:
+            return None
+        checkpoint = found[0]
+        return {"step": checkpoint.step, "state": checkpoint.state, "digest": checkpoint.digest} | {
+            "manifest": checkpoint.manifest
+        }
+
+    told = processes.on_main(find)
+    if told is None or processes.size == 1:
+        return found[0]
+    return Checkpoint(tensors=processes.spread(found[0].tensors if found[0] else None), **told)
+
+
+def _find(store: CheckpointStore, resume: str, out: Path) -> Checkpoint | None:
     newest = store.newest()
     if resume == "auto":
         return newest
@@ -82,18 +140,17 @@ def _starting_point(store: CheckpointStore, resume: str, out: Path) -> Checkpoin
 
 
 def _run(
-    setting: Setting, checkpoint: Checkpoint | None, store: CheckpointStore, directory: RunDirectory, log: RunLog
+    setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None, processes: Processes, console: Console
 ) -> dict[str, Any]:
     config, plan = setting.config, setting.plan
     seed_everything(config.seed)
     for line in header(setting):
         logger.info("%s", line)
-    state_bytes = checkpoint_bytes(setting.vit, setting.decoder, config.method == "rc_mae")
-    require_space(directory.path, int(2.4 * state_bytes), "room for two checkpoints", None)
     info = _info(setting)
     _check_same_data(config.data, checkpoint, info["data"])
-    log.open(checkpoint.step if checkpoint else 0, directory.path.name, config.model_dump(mode="json"))
-    task = build_task(setting)
+    processes.on_main(lambda: _open_log(setting, checkpoint, writer))
+    task = build_task(setting, processes)
+    parallel = Parallel(task, config.engine.parallel, processes)
     run = Fit(
         plan=plan,
         config=config.engine,
@@ -109,16 +166,27 @@ def _run(
         ),
         clip_grad=config.optim.clip_grad,
         device=setting.device,
-        store=store,
-        log=log,
+        processes=processes,
+        parallel=parallel,
+        store=writer.store if writer else None,
+        log=writer.log if writer else None,
+        console=console,
         info=info,
     )
-    feed = _build_feed(setting, checkpoint)
+    feed = _build_feed(setting, checkpoint, processes)
     progress = fit(task, feed, checkpoint, run)
-    return _finish(setting, task, feed, progress, store, directory)
+    return processes.on_main(lambda: _finish(setting, feed, progress, writer))
 
 
-def build_task(setting: Setting) -> RCMAETask:
+def _open_log(setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None) -> None:
+    assert writer is not None, "only the first process logs"
+    state_bytes = checkpoint_bytes(setting.vit, setting.decoder, setting.config.method == "rc_mae")
+    path = writer.directory.path
+    require_space(path, int(2.4 * state_bytes), "room for two checkpoints", None)
+    writer.log.open(checkpoint.step if checkpoint else 0, path.name, setting.config.model_dump(mode="json"))
+
+
+def build_task(setting: Setting, processes: Processes) -> RCMAETask:
     """Networks, method, probe and pictures on the device, initialised from the seed."""
     config = setting.config
     generator = torch.Generator().manual_seed(config.seed)
@@ -138,14 +206,14 @@ def build_task(setting: Setting) -> RCMAETask:
         mean=config.mean,
         std=config.std,
     )
-    return RCMAETask(student, teacher, method, _build_probe(setting), _build_pictures(setting))
+    return RCMAETask(student, teacher, method, _build_probe(setting, processes), _build_pictures(setting))
 
 
-def _build_probe(setting: Setting) -> KNNProbe | None:
+def _build_probe(setting: Setting, processes: Processes) -> KNNProbe | None:
     config = setting.config
     if config.probe.data is None:
         return None
-    train, test = open_probe_sets(config.probe, config.cache.expanduser())
+    train, test = processes.first_on_each_machine(lambda: open_probe_sets(config.probe, config.cache.expanduser()))
     logger.info(
         "probe      %s: %d and %d images, %d classes",
         shown(config.probe.data),
@@ -155,7 +223,7 @@ def _build_probe(setting: Setting) -> KNNProbe | None:
     )
     return KNNProbe(
         config.probe, train, test, config.mean, config.std, setting.device, config.engine.precision,
-        setting.num_workers, config.loader.timeout_s,
+        setting.num_workers, config.loader.timeout_s, processes,
     )  # fmt: skip
 
 
@@ -168,7 +236,7 @@ def _build_pictures(setting: Setting) -> Reconstructions | None:
     return Reconstructions(images, noise, config.mask_ratio, config.norm_pix_loss, config.mean, config.std)
 
 
-def _build_feed(setting: Setting, checkpoint: Checkpoint | None) -> Feed:
+def _build_feed(setting: Setting, checkpoint: Checkpoint | None, processes: Processes) -> Feed:
     config, plan = setting.config, setting.plan
     own_mask = config.method == "rc_mae" and config.teacher.mask == "own"
     prepare = PrepareSample(setting.vit.img_size, setting.vit.num_patches, config.augment, own_mask)
@@ -179,11 +247,17 @@ def _build_feed(setting: Setting, checkpoint: Checkpoint | None) -> Feed:
         stream = ShardStream(expand_urls(config.data), config.seed)
         first = min(stored["shards"], default=0)
         shards = [first] * max(1, setting.num_workers)
-        streamed = StreamedImages(stream, config.seed, prepare, collate, plan.micro_batch, first, channels, most)
+        streamed = StreamedImages(
+            stream, config.seed, prepare, collate, plan.micro_batch, first, channels, most, processes.rank,
+            processes.size,
+        )  # fmt: skip
         loader = stream_loader(streamed, setting.num_workers, timeout)
     else:
         step = checkpoint.step if checkpoint else 0
-        order = EpochOrder(setting.num_images, plan.batch_size, plan.micro_batch, config.seed, step, plan.total_steps)
+        order = EpochOrder(
+            setting.num_images, plan.batch_size, plan.micro_batch, config.seed, step, plan.total_steps, processes.rank,
+            processes.size,
+        )  # fmt: skip
         images = TrainingImages(setting.source, config.seed, prepare, channels, most)
         loader = image_loader(images, order, collate, setting.num_workers, timeout)
     max_broken = config.loader.max_broken_share * setting.num_images
@@ -203,27 +277,28 @@ def _check_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, An
 
 def _info(setting: Setting) -> dict[str, Any]:
     facts = environment()
-    fingerprint = setting.source.fingerprint() if setting.source is not None else setting.config.data
     keys = ("torch", "torchvision", "numpy", "threads", "instruction_set", "gpu", "git_commit")
     return {
         **{key: facts[key] for key in keys},
         "device": setting.device.type,
         "config": config_hash(setting.config),
-        "data": {"images": setting.num_images, "fingerprint": fingerprint},
+        "data": _data_facts(setting.config, setting.source),
     }
 
 
-def _finish(
-    setting: Setting, task: RCMAETask, feed: Feed, progress: Progress, store: CheckpointStore, directory: RunDirectory
-) -> dict[str, Any]:
-    config = setting.config
-    branch = "teacher" if task.teacher is not None else "student"
-    export_branch(directory.path / "backbone", task.exported, config, branch, progress.step)
+def _finish(setting: Setting, feed: Feed, progress: Progress, writer: Writer | None) -> dict[str, Any]:
+    """Export, draw and summarise; the first process alone."""
+    assert writer is not None, "only the first process writes"
+    config, directory = setting.config, writer.directory
+    branch = "teacher" if config.method == "rc_mae" else "student"
+    newest = writer.store.newest()
+    assert newest is not None, "a finished run has a checkpoint"
+    model = MaskedAutoencoder(setting.vit, setting.decoder)
+    model.load_state_dict(newest.tensors[branch])
+    export_branch(directory.path / "backbone", model, config, branch, progress.step)
     rows = read_metrics(directory.path / "metrics.jsonl")
     if config.log.curves:
         draw_curves(rows, directory.path / "curves.png", f"{directory.path.name}: {config.method}")
-    newest = store.newest()
-    assert newest is not None, "a finished run has a checkpoint"
     figures: dict[str, float] = {}
     for row in rows:
         figures |= {key: value for key, value in row.items() if value is not None}
@@ -238,7 +313,7 @@ def _finish(
         shown(directory.path / "backbone"),
         branch,
     )
-    return {
+    summary = {
         "status": "done",
         "digest": newest.digest,
         "config": config_hash(config),
@@ -251,6 +326,8 @@ def _finish(
         "figures": figures,
         "flags": _flags(setting),
     }
+    directory.write_summary(summary)
+    return summary
 
 
 def export_branch(folder: Path, model: MaskedAutoencoder, config: PretrainConfig, branch: str, step: int) -> None:
@@ -263,6 +340,8 @@ def export_branch(folder: Path, model: MaskedAutoencoder, config: PretrainConfig
 def _flags(setting: Setting) -> list[str]:
     config = setting.config
     flags = [f"precision {config.engine.precision}", f"device {setting.device.type}"]
+    if setting.plan.num_processes > 1:
+        flags.append(f"{setting.plan.num_processes} processes, {config.engine.parallel}")
     if config.probe.data is not None:
         flags.append(f"probe on at most {config.probe.train_images} + {config.probe.test_images} images")
     return flags

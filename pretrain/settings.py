@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from core.checkpoint import Checkpoint, CheckpointConfig
 from core.config import Config
 from core.datasets import ImageSource
+from core.distributed import Processes
 from core.engine import EngineConfig, Plan, choose_accumulation, uses_bf16
 from core.errors import ConfigError, shown
 from core.loader import LoaderConfig
@@ -32,7 +33,8 @@ PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
 # May differ when a run goes on: where things lie and how they are shown, not what is computed.
 HARMLESS_KEYS = (
     "data", "out", "cache", "device", "log", "checkpoint", "loader.num_workers", "loader.timeout_s",
-    "loader.max_broken_share", "engine.evaluate_every_steps", "probe", "picture_images",
+    "loader.max_broken_share", "engine.evaluate_every_steps", "engine.parallel", "engine.timeout_s", "probe",
+    "picture_images",
 )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ class Setting:
     source: ImageSource | None  # None for a stream
     num_images: int
     plan: Plan
-    num_workers: int
+    num_workers: int  # loader workers of each process
 
     @property
     def lr(self) -> float:
@@ -150,29 +152,56 @@ class Setting:
         return peak_lr(self.config.blr, self.config.batch_size, self.config.optim.lr)
 
 
-def settle(config: PretrainConfig, source: ImageSource | None, checkpoint: Checkpoint | None) -> Setting:
-    """Work out device, batches and workers. Raises: ConfigError where data and batch do not fit together."""
-    device = choose_device(config.device)
+def settle(
+    config: PretrainConfig,
+    source: ImageSource | None,
+    checkpoint: Checkpoint | None,
+    processes: Processes,
+) -> Setting:
+    """Work out device, batches and workers. Raises: ConfigError where data, batch and processes do not fit together."""
+    device = choose_device(config.device, processes.local_rank)
     vit, decoder = config.vit_config(), config.decoder_config()
     num_images = len(source) if source is not None else (config.loader.stream_images or 0)
     if num_images < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size}: more than the {num_images} images of data; lower it")
-    accumulation = config.engine.accumulation
-    if accumulation is None and checkpoint is not None:
-        accumulation = checkpoint.state["accumulation"]  # another would change the order of sums
-    if accumulation is None:
-        accumulation = choose_accumulation(
-            config.batch_size,
-            activation_bytes(vit, decoder, config.mask_ratio, uses_bf16(device, config.engine.precision)),
-            fixed_bytes(vit, decoder, config.method == "rc_mae"),
-            available_bytes(device),
+    if config.batch_size % processes.size:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: cannot be shared by {processes.size} processes; give a multiple of that"
         )
+    # Free memory changes from moment to moment: one process decides.
+    accumulation = processes.on_main(lambda: _accumulation(config, checkpoint, device, processes))
     cores = os.cpu_count() or 1
     num_workers = config.loader.num_workers
     if num_workers is None:
-        num_workers = max(1, cores // 2) if device.type == "cpu" else min(16, cores)
-    plan = Plan(num_images, config.batch_size, accumulation, config.epochs)
+        share = cores // processes.local_size
+        num_workers = max(1, share // 2) if device.type == "cpu" else max(1, min(16, share))
+    plan = Plan(num_images, config.batch_size, accumulation, config.epochs, processes.size)
     return Setting(config, vit, decoder, device, source, num_images, plan, num_workers)
+
+
+def _accumulation(
+    config: PretrainConfig, checkpoint: Checkpoint | None, device: torch.device, processes: Processes
+) -> int:
+    """Micro-batches per process: as told, as the run had them, or as few as the memory allows."""
+    share = config.batch_size // processes.size
+    given = config.engine.accumulation
+    if given is not None:
+        if share % given:
+            raise ConfigError(
+                f"engine.accumulation={given}: does not divide the {share} images per step of each of "
+                f"{processes.size} processes"
+            )
+        return given
+    if checkpoint is not None:  # other micro-batches would change the order of sums
+        before = config.batch_size // checkpoint.state["micro_batches"]
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= before)
+    vit, decoder = config.vit_config(), config.decoder_config()
+    return choose_accumulation(
+        share,
+        activation_bytes(vit, decoder, config.mask_ratio, uses_bf16(device, config.engine.precision)),
+        fixed_bytes(vit, decoder, config.method == "rc_mae"),
+        available_bytes(device) // (processes.local_size if device.type == "cpu" else 1),
+    )
 
 
 def header(setting: Setting) -> list[str]:
@@ -190,6 +219,7 @@ def header(setting: Setting) -> list[str]:
     disk = (config.checkpoint.keep + 1) * checkpoint_bytes(vit, decoder, with_teacher)
     flops = step_flops(vit, decoder, config.mask_ratio, with_teacher)
     source = shown(setting.source.origin if setting.source else config.data)
+    each = " per process" if plan.num_processes > 1 else ""
     streamed = "" if setting.source else ", streamed: a restart goes on at the shard, not at the image"
     return [
         f"method     {'RC-MAE, ' + teacher if with_teacher else 'MAE'}, mask_ratio {config.mask_ratio:g}"
@@ -197,9 +227,10 @@ def header(setting: Setting) -> list[str]:
         f"model      ViT {vit.embed_dim} x {vit.depth}, {vit.num_heads} heads, patch {vit.patch_size}, "
         f"{vit.img_size[0]}x{vit.img_size[1]} px; decoder {decoder.embed_dim} x {decoder.depth}; "
         f"{encoder_size / 1e6:.2f} + {decoder_size / 1e6:.2f} M parameters",
-        f"data       {source}: {setting.num_images} images{streamed}; {setting.num_workers} loader workers",
-        f"batch      effective {plan.batch_size} = {plan.micro_batch} per process x 1 process "
-        f"x {plan.accumulation} accumulated",
+        f"data       {source}: {setting.num_images} images{streamed}; {setting.num_workers} loader workers{each}",
+        f"batch      effective {plan.batch_size} = {plan.micro_batch} per process x {plan.num_processes} "
+        f"{'process' if plan.num_processes == 1 else 'processes'} x {plan.accumulation} accumulated"
+        + (f"; {config.engine.parallel}" if plan.num_processes > 1 else ""),
         f"schedule   {config.epochs} epochs x {plan.steps_per_epoch} steps = {plan.total_steps} steps, "
         f"{left_out} images left out per epoch; warm-up {config.warmup_epochs:g} epochs",
         f"optimizer  AdamW, lr {setting.lr:.4g} = blr {config.blr:g} x {plan.batch_size} / 256"
@@ -209,6 +240,6 @@ def header(setting: Setting) -> list[str]:
         f"torch {torch.__version__}",
         f"cost       {flops / 1e9:.4g} GFLOP per image and step, "
         f"{flops * plan.total_steps * plan.batch_size / 1e15:.4g} PFLOP in all; "
-        f"about {memory / 2**30:.2f} GiB memory, {disk / 2**20:.0f} MiB disk for checkpoints",
+        f"about {memory / 2**30:.2f} GiB memory{each}, {disk / 2**20:.0f} MiB disk for checkpoints",
         f"out        {shown(config.out)}",
     ]

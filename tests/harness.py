@@ -9,13 +9,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.files import FileSystem
+from core.worker import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,8 +83,15 @@ class FullFileSystem(FileSystem):
         return self.room_bytes if self.honest else super().free_bytes(path)
 
 
+class Run(NamedTuple):
+    """A started run."""
+
+    pids: list[int]  # of its processes, by rank
+    group: int  # process group of all of them and their loader workers
+
+
 class ForkServer:
-    """Starts pretraining runs quickly. Use as a context manager."""
+    """Starts pretraining runs of one or several processes quickly. Use as a context manager."""
 
     def __enter__(self) -> "ForkServer":
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -96,19 +106,38 @@ class ForkServer:
         self._process.stdin.close()
         self._process.wait(timeout=20)
 
-    def start(self, overrides: list[str], log: Path, crash_at: int | None = None) -> int:
-        """Fork a run; returns its pid."""
-        self._send({"overrides": overrides, "log": str(log), "crash_at": crash_at})
-        return int(self._receive())
+    def start(
+        self, overrides: list[str], log: Path, crash_at: int | None = None, size: int = 1, fault: str | None = None,
+        faulty_rank: int = 0,
+    ) -> Run:  # fmt: skip
+        """Fork a run of `size` processes.
 
-    def wait(self, pid: int) -> int:
-        """Exit code of a run, negative for the signal that ended it."""
-        self._send({"wait": pid})
-        return int(self._receive())
+        Args:
+            crash_at: point of the checkpoint writer at which the first process kills itself.
+            fault: name of a fault in `tests/faults.py` that is planted into the program.
+            faulty_rank: the process that it is planted into; -1 for all.
+        """
+        message = {
+            "overrides": overrides, "log": str(log), "crash_at": crash_at, "size": size, "port": free_port(),
+            "fault": fault, "faulty_rank": faulty_rank,
+        }  # fmt: skip
+        self._send({"start": message})
+        return Run(*json.loads(self._receive()))
 
-    def run(self, overrides: list[str], log: Path, crash_at: int | None = None) -> int:
+    def wait(self, run: Run) -> int:
+        """Exit code of a run, negative for the signal that ended it: the first that is not 0, by rank."""
+        return next((code for code in self.wait_all(run) if code), 0)
+
+    def wait_all(self, run: Run) -> list[int]:
+        """Exit codes by rank. Fails if a process of the run is left five seconds later."""
+        self._send({"wait": run.pids})
+        codes = json.loads(self._receive())
+        assert_nobody_left(run.group)
+        return codes
+
+    def run(self, overrides: list[str], log: Path, crash_at: int | None = None, size: int = 1) -> int:
         """Start a run and wait for its end."""
-        return self.wait(self.start(overrides, log, crash_at))
+        return self.wait(self.start(overrides, log, crash_at, size))
 
     def _send(self, message: dict[str, Any]) -> None:
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -118,13 +147,47 @@ class ForkServer:
         return self._process.stdout.readline().strip()
 
 
-def kill_after(server: ForkServer, overrides: list[str], log: Path, seconds: float) -> int:
-    """Start a run, SIGKILL it after so many seconds, and return its exit code."""
-    pid = server.start(overrides, log)
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def kill_after(
+    server: ForkServer, overrides: list[str], log: Path, seconds: float, size: int = 1, rank: int = 0
+) -> int:
+    """Start a run, SIGKILL one process of it after so many seconds, and return that one's exit code."""
+    run = server.start(overrides, log, size=size)
     time.sleep(seconds)
-    with contextlib.suppress(ProcessLookupError):  # it was done already
+    kill(run.pids[rank])
+    return server.wait_all(run)[rank]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, unless it is over already."""
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return server.wait(pid)
+
+
+def assert_nobody_left(group: int, patience_s: float = 5.0) -> None:
+    """Fail if a process of a group is alive after so many seconds; and end it."""
+    deadline = time.monotonic() + patience_s
+    while (left := living(lambda pid: os.getpgid(pid) == group)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        kill(pid)
+    assert not left, f"orphans: {left}"
+
+
+def living(belongs: Callable[[int], bool]) -> list[int]:
+    """Processes of this machine that are no zombies and of which `belongs` holds."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z" and belongs(int(folder.name)):
+                found.append(int(folder.name))
+    return found
 
 
 def fresh(path: Path) -> Path:
@@ -133,37 +196,61 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def _run(message: dict[str, Any]) -> int:
+def _run(message: dict[str, Any], rank: int) -> int:
     from core.config import load_config
     from pretrain.run import pretrain
     from pretrain.settings import PretrainConfig
+    from tests.faults import plant
     from tools.cli import guarded
 
+    if message["size"] > 1:
+        place = {"RANK": rank, "WORLD_SIZE": message["size"], "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": message["size"]}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": message["port"]}
+        os.environ |= {key: str(value) for key, value in (place | where).items()}
+    if message["fault"] and message["faulty_rank"] in (rank, -1):
+        plant(message["fault"])
     fs = CrashingFileSystem(message["crash_at"])
     code = guarded(lambda: pretrain(load_config(PretrainConfig, None, message["overrides"]), fs=fs))
-    Path(message["log"] + ".points").write_text(str(fs.points))
+    if rank == 0:
+        Path(message["log"] + ".points").write_text(str(fs.points))
     return code
 
 
 def _serve() -> None:
     import pretrain.run  # noqa: F401  imported once here, not in every child
+    import tests.faults  # noqa: F401
 
-    print("ready", flush=True)
+    say = os.fdopen(os.dup(1), "w")
+    print("ready", file=say, flush=True)
     for line in sys.stdin:
         message = json.loads(line)
         if "wait" in message:
-            _, status = os.waitpid(message["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            statuses = [os.waitpid(pid, 0)[1] for pid in message["wait"]]
+            print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), file=say, flush=True)
             continue
-        pid = os.fork()
-        if pid:
-            print(pid, flush=True)
-            continue
-        log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(0)
-        os._exit(_run(message))
+        pids: list[int] = []
+        for rank in range(message["start"]["size"]):
+            pids.append(_fork(message["start"], rank, pids[0] if pids else None))
+        print(json.dumps([pids, pids[0]]), file=say, flush=True)
+
+
+def _fork(message: dict[str, Any], rank: int, group: int | None) -> int:
+    ready, done = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(done)
+        os.read(ready, 1)  # the process group exists
+        os.close(ready)
+        return pid
+    os.close(ready)
+    end_with_parent()
+    os.setpgid(0, group or 0)
+    os.close(done)
+    log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(0)
+    os._exit(_run(message, rank))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.checkpoint import CheckpointConfig, CheckpointStore
-from core.engine import EngineConfig, FiniteGuard, Fit, Plan, autocast, choose_accumulation, fit, train_step
+from core.distributed import Processes
+from core.engine import EngineConfig, Fit, FlagReader, Plan, autocast, choose_accumulation, fit, train_step
 from core.errors import ConfigError, NumericError, Preempted
 from core.log import LogConfig, RunLog
 from core.optim import OptimConfig, adamw, decay_groups
+from core.parallel import Parallel
+from core.task import Place
 
 
 class Toy:
@@ -35,11 +38,11 @@ class Toy:
         self.poison, self.on_step = poison or {}, on_step
         self.evaluated: list[int] = []
 
-    def losses(self, batch: "ToyBatch", step: int) -> dict[str, Tensor]:
+    def losses(self, batch: "ToyBatch", at: Place) -> dict[str, Tensor]:
         if self.on_step:
-            self.on_step(step)
+            self.on_step(at.step)
         out = self.model(batch.x)
-        kind = self.poison.get(step)
+        kind = self.poison.get(at.step)
         if kind == "gradient":
             out.register_hook(lambda g: g.index_fill(0, torch.tensor([0]), float("nan")))
         loss = out.square().mean()
@@ -80,6 +83,9 @@ class ToyFeed:
         self.broken: dict[str, str] = {}
         self.shards: list[int] = []
 
+    def shared(self, processes: Processes) -> tuple[dict[str, str], list[int]]:
+        return self.broken, self.shards
+
     def take(self) -> list[ToyBatch]:
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(self.step))
         self.step += 1
@@ -89,7 +95,7 @@ class ToyFeed:
 def setup(
     folder: Path, task: Toy, accumulation: int = 1, epochs: int = 3, every: int = 4, clip: float | None = None
 ) -> Fit:
-    log = RunLog(folder, LogConfig(every_steps=1, tensorboard=False), Console(file=io.StringIO()))
+    log = RunLog(folder, LogConfig(every_steps=1, tensorboard=False))
     log.open(0, "toy", {})
     (folder / "checkpoints").mkdir(exist_ok=True)
     config = CheckpointConfig(every_steps=every)
@@ -102,6 +108,9 @@ def setup(
         lr_at=lambda step: 0.01,
         clip_grad=clip,
         device=torch.device("cpu"),
+        processes=Processes(),
+        parallel=Parallel(task, "ddp", Processes()),
+        console=Console(file=io.StringIO()),
         store=CheckpointStore(folder / "checkpoints", config),
         log=log,
     )
@@ -126,14 +135,14 @@ def test_accumulation_changes_nothing_beyond_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_non_finite_step_changes_no_weight_no_moment_and_no_average(tmp_path: Path, kind: str) -> None:
     task = Toy(poison={1: kind})
-    run, feed, guard = setup(tmp_path, task), ToyFeed(), FiniteGuard(torch.device("cpu"))
-    train_step(task, feed.take(), run, 0, guard)
+    run, feed, flags = setup(tmp_path, task), ToyFeed(), FlagReader(torch.device("cpu"))
+    train_step(task, feed.take(), run, 0, flags)
     before = weights(task, run)
-    train_step(task, feed.take(), run, 1, guard)
+    train_step(task, feed.take(), run, 1, flags)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(task, run), strict=True))
-    train_step(task, feed.take(), run, 2, guard)
+    train_step(task, feed.take(), run, 2, flags)
     assert not any(torch.equal(a, b) for a, b in zip(before, weights(task, run), strict=True))
-    assert guard.read(3) == (1, 1)
+    assert flags.read(3) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -174,10 +183,10 @@ def test_resume_keeps_the_count_of_skipped_steps_and_every_bit(tmp_path: Path) -
 
 def test_clipping_bounds_the_update_and_reports_the_unclipped_norm(tmp_path: Path) -> None:
     task = Toy()
-    figures = train_step(task, ToyFeed().take(), setup(tmp_path, task, clip=1e-3), 0, FiniteGuard(torch.device("cpu")))
+    figures = train_step(task, ToyFeed().take(), setup(tmp_path, task, clip=1e-3), 0, FlagReader(torch.device("cpu")))
     assert figures["grad_norm"] > 0.1
     run = setup(tmp_path, task, clip=1e-3)
-    losses = task.losses(ToyFeed().take()[0], 0)
+    losses = task.losses(ToyFeed().take()[0], Place(0, 0, 0))
     sum(losses.values()).backward()
     torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1e-3)
     assert torch.nn.utils.get_total_norm([p.grad for p in task.model.parameters()]) <= 1.001e-3
@@ -221,22 +230,23 @@ def test_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
     from tests.test_rc_mae import small_batch, small_task
 
     task: Any = small_task()
-    run, guard = setup(tmp_path, task, clip=1.0), FiniteGuard(torch.device("cpu"))
+    run, flags = setup(tmp_path, task, clip=1.0), FlagReader(torch.device("cpu"))
     batch = small_batch(0)
     with _NoHostRead():
-        figures = train_step(task, [batch, batch], run, 0, guard)
+        figures = train_step(task, [batch, batch], run, 0, flags)
         with pytest.raises(AssertionError, match="host sync"):
             float(figures["loss"])
 
 
-def test_guard_reads_late_and_only_what_was_asked_for() -> None:
-    guard = FiniteGuard(torch.device("cpu"))
-    for step, finite in enumerate([True, False, False, True]):
-        guard.record(step, torch.tensor(finite))
-    assert guard.read(0) == (0, 0)
-    assert guard.read(0) is None
-    assert guard.read(2) == (2, 2)
-    assert guard.read(9) == (2, 2)
+def test_flags_are_read_late_and_only_as_far_as_was_asked_for() -> None:
+    flags = FlagReader(torch.device("cpu"))
+    assert flags.read(5) == (0, 0, 0)
+    for step, (bad, stop) in enumerate([(0, 0), (1, 0), (1, 0), (0, 1)]):
+        flags.record(step, torch.tensor(bad, dtype=torch.int32), torch.tensor(stop, dtype=torch.int32))
+    assert flags.read(0) == (0, 0, 0)
+    assert flags.read(2) == (2, 2, 0)
+    assert flags.read(2) == (2, 2, 0)
+    assert flags.read(9) == (2, 2, 1)
 
 
 def test_plan_leaves_out_what_does_not_fill_a_batch() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core.datasets import ImageSource, open_images
+from core.distributed import Processes
 from core.errors import DataError, MachineError
 from core.loader import (
     Broken,
@@ -318,7 +319,7 @@ def test_an_evaluation_counts_every_image_once(
     tmp_path: Path, num_workers: int, num_images: int, num_batches: int
 ) -> None:
     source = make_images(tmp_path / "set", num_images)
-    batches = list(eval_loader(EvalImages(source, Corner()), 4, num_workers, TIMEOUT_S))
+    batches = list(eval_loader(EvalImages(source, Corner()), 4, num_workers, TIMEOUT_S, Processes()))
     assert len(batches) == num_batches
     assert all(batch.images.shape == (4, 3, 1, 1) and batch.images.dtype == torch.uint8 for batch in batches)
     images, labels, valid = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -331,7 +332,7 @@ def test_without_classes_every_label_is_minus_one(tmp_path: Path) -> None:
     source = make_images(tmp_path / "set", 1)
     Image.new("L", (3, 3), 9).save(tmp_path / "set" / "top.png")
     source = open_images(str(tmp_path / "set"), tmp_path / "cache")
-    (batch,) = eval_loader(EvalImages(source, Corner(), channels=1), 2, 0, TIMEOUT_S)
+    (batch,) = eval_loader(EvalImages(source, Corner(), channels=1), 2, 0, TIMEOUT_S, Processes())
     assert batch.labels.tolist() == [-1, -1]
     assert batch.images.flatten().tolist() == [0, 9]
 
@@ -354,7 +355,7 @@ def test_an_evaluation_never_skips(tmp_path: Path, num_workers: int, vanished: b
         (tmp_path / "set" / "1" / "03.png").unlink()
     reason = "cannot be read: No such file or directory" if vanished else "not an image, or of an unknown format"
     expected = f"DataError: {tmp_path}/set: 1/03.png: {reason}; an evaluation counts every image, so mend or remove it"
-    assert fault_of(eval_loader(EvalImages(source, Corner()), 2, num_workers, TIMEOUT_S)) == expected
+    assert fault_of(eval_loader(EvalImages(source, Corner()), 2, num_workers, TIMEOUT_S, Processes())) == expected
 
 
 # --- faults of workers ----------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def test_a_worker_that_dies_or_hangs_or_fails_is_one_line_and_gone(
     gc.disable()  # a worker must not live until a cycle of references happens to be found
     try:
         before = set(multiprocessing.active_children())
-        text = fault_of(eval_loader(EvalImages(source, transform), 2, 1, timeout_s))
+        text = fault_of(eval_loader(EvalImages(source, transform), 2, 1, timeout_s, Processes()))
         assert what in text and "\n" not in text
         assert not set(multiprocessing.active_children()) - before
     finally:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from core.errors import shown
 from core.log import LogConfig, ProgressBar, RunLog, console_logging, draw_curves, duration, read_metrics
 
 
 def run_log(folder: Path) -> RunLog:
-    return RunLog(folder, LogConfig(tensorboard=False), Console(file=io.StringIO()))
+    return RunLog(folder, LogConfig(tensorboard=False))
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:

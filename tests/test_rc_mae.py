@@ -13,6 +13,7 @@ from torch import Tensor
 
 from core.engine import update
 from core.optim import OptimConfig, adamw, decay_groups
+from core.task import Place
 from core.vit import ViTConfig, gather_patches, patchify
 from pretrain.data import PretrainBatch
 from pretrain.mae import DecoderConfig, MaskedAutoencoder, num_kept, random_masking, reconstruction_target
@@ -302,7 +303,7 @@ def train(task: RCMAETask, steps: int, accumulation: int, record: list) -> None:
             group["lr"] = 1e-2
         for micro in range(accumulation):
             record.append([p.detach().clone() for p in task.student.parameters()])
-            losses = task.losses(small_batch(step * accumulation + micro), step)
+            losses = task.losses(small_batch(step * accumulation + micro), Place(step, micro, micro))
             (sum(losses.values()) / accumulation).backward()
         update(optimizer, TRUE)
         task.after_update(step, TRUE)
@@ -358,7 +359,7 @@ def test_own_teacher_mask_uses_its_own_noise_and_the_students_patches() -> None:
         for p in task.teacher.parameters():
             p.add_(0.1)
     batch = small_batch(0, own_noise=True)
-    consistency = task.losses(batch, 0)["consistency"]
+    consistency = task.losses(batch, Place(0, 0, 0))["consistency"]
     images = (
         batch.images.double() / 255 - torch.tensor((0.5, 0.4, 0.3), dtype=torch.float64).view(3, 1, 1)
     ) / torch.tensor((0.2, 0.3, 0.4), dtype=torch.float64).view(3, 1, 1)
@@ -370,14 +371,14 @@ def test_own_teacher_mask_uses_its_own_noise_and_the_students_patches() -> None:
     mask = torch.ones(8, 16, dtype=torch.float64).scatter(1, ids[:, :4], 0.0)
     difference = (twins[0](images, ids, 4) - twins[1](images, other, 4)).square().mean(-1)
     torch.testing.assert_close(consistency, (difference * mask).sum() / mask.sum(), atol=1e-12, rtol=1e-12)
-    shared_mask = task.losses(small_batch(0), 0)["consistency"]
+    shared_mask = task.losses(small_batch(0), Place(0, 0, 0))["consistency"]
     assert (shared_mask - consistency).abs().item() > 1e-6
 
 
 def test_mae_is_the_task_without_a_teacher() -> None:
     task = small_task()
     alone = RCMAETask(task.student, None, method())
-    assert set(alone.losses(small_batch(0), 0)) == {"reconstruction"}
+    assert set(alone.losses(small_batch(0), Place(0, 0, 0))) == {"reconstruction"}
     assert set(alone.modules()) == {"student"}
     alone.after_update(0, TRUE)
     assert alone.exported is task.student and task.exported is task.teacher
@@ -385,7 +386,7 @@ def test_mae_is_the_task_without_a_teacher() -> None:
 
 def test_teacher_starts_equal_and_gets_no_gradient() -> None:
     task = small_task()
-    losses = task.losses(small_batch(0), 0)
+    losses = task.losses(small_batch(0), Place(0, 0, 0))
     assert losses["consistency"].item() == 0.0
     sum(losses.values()).backward()
     assert all(p.grad is None and not p.requires_grad for p in task.teacher.parameters())
@@ -397,9 +398,9 @@ def test_losses_are_fp32_under_bf16_autocast() -> None:
     networks = [MaskedAutoencoder(vit, DecoderConfig(embed_dim=8, depth=1, num_heads=2)) for _ in range(2)]
     networks[0].init_weights(torch.Generator().manual_seed(0))
     task = RCMAETask(*networks, method())
-    plain = task.losses(small_batch(0), 0)
+    plain = task.losses(small_batch(0), Place(0, 0, 0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = task.losses(small_batch(0), 0)
+        low = task.losses(small_batch(0), Place(0, 0, 0))
     for name, value in low.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, plain[name], rtol=0.02, atol=1e-4)

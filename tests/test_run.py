@@ -1,6 +1,5 @@
 """`rcmae pretrain` as its user meets it: what trains, what is refused with which line and code, and what is left."""
 
-import contextlib
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.harness import ROOT, ForkServer
+from tests.harness import ROOT, ForkServer, kill
 from tests.tiny import draw_images, tiny_overrides
 
 
@@ -77,7 +76,8 @@ def test_a_batch_larger_than_the_data(server: ForkServer, data: Path, tmp_path: 
 
 def test_a_second_run_into_the_same_out_names_the_first(server: ForkServer, data: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    pid = server.start(tiny_overrides(data, out, epochs=4000), tmp_path / "first")
+    first = server.start(tiny_overrides(data, out, epochs=4000), tmp_path / "first")
+    (pid,) = first.pids
     try:
         deadline = time.monotonic() + 20
         while not (out / "checkpoints").is_dir() or not list((out / "checkpoints").glob("step_*")):
@@ -85,11 +85,10 @@ def test_a_second_run_into_the_same_out_names_the_first(server: ForkServer, data
             time.sleep(0.05)
         assert f"in use by pid {pid} on " in refused(server, tiny_overrides(data, out, epochs=4000), log, 6)
         os.kill(pid, signal.SIGTERM)
-        assert server.wait(pid) == 75
+        assert server.wait(first) == 75
         assert "the same command goes on" in (tmp_path / "first").read_text()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        kill(pid)
 
 
 def command(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,10 @@
 """The one command, `rcmae`. Verbs import what they need when they run, so that help and refusals are quick."""
 
-import errno
+if __name__ == "__main__":  # as a worker of torchrun, it must be tied to its parent before anything slow
+    from core.worker import begin
+
+    begin()
+
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from core.errors import ConfigError, MachineError, Preempted, RcmaeError, shown
+from core.errors import OUT_OF_MEMORY, ConfigError, MachineError, Preempted, RcmaeError, machine_error, shown
+from core.worker import is_worker, leave
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +23,10 @@ app = typer.Typer(
     help="RC-MAE pretraining of Vision Transformers, and what they are worth on dense prediction and robustness.",
 )
 
+Nproc = Annotated[int, typer.Option(help="Processes on this machine; one per GPU. torchrun starts them.")]
+Nnodes = Annotated[int, typer.Option(help="Machines; the same command is given on each.")]
+Endpoint = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: one of them.")]
+Restarts = Annotated[int, typer.Option(help="Times that the processes are started again after one died.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value ...]", show_default=False)]
 
 
@@ -28,11 +37,20 @@ def pretrain(
         bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
     ] = False,
     resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to start from.")] = "auto",
-) -> None:
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+) -> int:
     """Pretrain a ViT with RC-MAE or MAE on a folder of images; the same command again goes on.
 
     Example: rcmae pretrain configs/pretrain/photos_tiny.yaml data=my_photos out=runs/photos
     """
+    from tools.launch import Launch, launch
+
+    plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
+    if plan.size > 1 and not is_worker() and not dry_run:
+        return launch(plan, ["pretrain", *(settings or []), f"--resume={resume}"])
     from core.config import dump_config, load_config
     from pretrain import run
     from pretrain.settings import PretrainConfig
@@ -41,9 +59,10 @@ def pretrain(
     config = load_config(PretrainConfig, path, overrides)
     if dry_run:
         print(dump_config(config))
-        print("\n".join(run.dry_run(config)))
-        return
+        print("\n".join(run.dry_run(config, plan.size, nproc)))
+        return 0
     run.pretrain(config, resume)
+    return 0
 
 
 @app.command()
@@ -98,7 +117,8 @@ def guarded(command: Callable[[], Any]) -> int:
     """Run a command; turn what a user can mend into lines on stderr and an exit code, and name faults of ours."""
     try:
         result = command()
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return leave(code, []) if is_worker() else code
     except RcmaeError as error:
         return _fail(error)
     except typer.Abort:
@@ -106,40 +126,28 @@ def guarded(command: Callable[[], Any]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing was lost that a checkpoint holds", file=sys.stderr)
-        return 75
+        return leave(75, ["stopped; nothing was lost that a checkpoint holds"])
     except OSError as error:
-        return _fail(_from_os_error(error))
+        return _fail(machine_error(error))
     except MemoryError:
-        return _fail(MachineError("out of memory: give a higher engine.accumulation, or a smaller model or img_size"))
+        return _fail(MachineError(OUT_OF_MEMORY))
     except Exception as error:
         return _from_unexpected(error)
 
 
 def _fail(error: RcmaeError) -> int:
     prefix = "" if isinstance(error, Preempted) else "error: "
-    for line in str(error).splitlines():
-        print(f"{prefix}{line}", file=sys.stderr)
-    return error.exit_code
-
-
-def _from_os_error(error: OSError) -> MachineError:
-    where = shown(str(error.filename)) if error.filename else "the disk of out= or cache="
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return MachineError(f"{where}: disk full; free some space and give the same command again")
-    return MachineError(f"{where}: {error.strerror or error}")
+    lines = [f"{prefix}{line}" for line in str(error).splitlines()]
+    return leave(error.exit_code, lines, error.speaks, error.final)
 
 
 def _from_unexpected(error: Exception) -> int:
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's own usage errors
-        print(f"error: command line: {error.format_message()}", file=sys.stderr)
-        return ConfigError.exit_code
+        return leave(ConfigError.exit_code, [f"error: command line: {error.format_message()}"])
     if type(error).__name__ == "OutOfMemoryError":
-        text = "GPU out of memory: give a higher engine.accumulation, or a smaller model or img_size"
-        return _fail(MachineError(text))
+        return _fail(MachineError(OUT_OF_MEMORY))
     traceback.print_exc()
-    print(f"error: a fault of ours: {type(error).__name__}: {shown(str(error))}", file=sys.stderr)
-    return 1
+    return leave(1, [f"error: a fault of ours: {type(error).__name__}: {shown(str(error))}"])
 
 
 if __name__ == "__main__":
