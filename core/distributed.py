@@ -6,6 +6,7 @@ tensors go over gloo on a CPU and NCCL on GPUs.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -230,6 +231,8 @@ def _meet(rank: int, size: int, timeout_s: float) -> Watch:
         watch = Watch(dist.PrefixStore(f"rcmae/{attempt}", own), rank, size, timeout_s)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
+        dist.all_reduce(torch.zeros(1))  # all have come
+        watch.meet()
     except (dist.DistError, RuntimeError, TimeoutError) as error:
         first = str(error).splitlines()[0]
         raise DistributedError(f"rank {rank}: could not meet the other {size - 1} processes: {first}") from None
@@ -253,7 +256,8 @@ def _explained(error: Exception, watch: Watch) -> RcmaeError:
     gone = watch.gone()
     if gone:
         return DistributedError("; ".join(gone) + f"; noticed in {here}; the same command goes on")
-    return DistributedError(f"lost contact with another process in {here}: {str(error).splitlines()[0]}")
+    reason = re.sub(r"^\[.*?\] ?", "", str(error).splitlines()[0]).partition(". ")[0]
+    return DistributedError(f"lost contact with another process in {here}: {reason}")
 
 
 def _short(value: Any) -> str:

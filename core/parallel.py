@@ -3,6 +3,7 @@
 Models and tasks are written for one process; only their parameters change type under FSDP2, to DTensor.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -81,6 +82,8 @@ class _Losses(nn.Module):
 
 
 def _shard(module: nn.Module, mesh: Any) -> list[FSDPModule]:
+    # What a network returns is a view; nothing of ours writes into it, which is all that the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     blocks = [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
     for block in blocks:
         fully_shard(block, mesh=mesh)

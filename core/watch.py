@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,10 @@ class Watch:
         self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
         self._phase: tuple[str, int, bool, float] = (START, -1, False, time.monotonic())
         self._beats = 0
-        self._neighbours: dict[int, int] = {}  # rank -> pid on this machine
+        self._neighbours: dict[int, dict[str, Any]] = {}  # rank -> last beat, of those on this machine
         self._over = threading.Event()
         self._main = threading.main_thread().ident
+        self._beat()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -70,14 +70,25 @@ class Watch:
         except Exception:  # the store is gone, with the process that held it
             return True
 
-    def close(self, patience_s: float = 5.0) -> None:
-        """End the watch; the holder of the store stays until the others have read what they need, or for so long."""
+    def meet(self) -> None:
+        """Learn who the others are; call when all have come."""
+        self._beat()
+
+    def close(self) -> None:
+        """End the watch; the holder of the store stays, up to five seconds, until the others have read what they need."""
         self._over.set()
         self._thread.join(timeout=2 * INTERVAL_S)
+        self._part()
+
+    def _part(self, patience_s: float = 5.0) -> None:
+        deadline = time.monotonic() + patience_s
         try:
             self._store.set(f"left/{self._rank}", "1")
-            if self._rank == 0:
-                self._store.wait([f"left/{rank}" for rank in range(self._size)], timedelta(seconds=patience_s))
+            waited_for = set(range(self._size)) if self._rank == 0 else set()
+            while waited_for and time.monotonic() < deadline:
+                dead = {rank for rank, beat in self._neighbours.items() if not _alive(beat["pid"])}
+                waited_for = {rank for rank in waited_for - dead if not self._store.check([f"left/{rank}"])}
+                time.sleep(0.02)
         except Exception:  # nobody left to wait for
             return
 
@@ -96,12 +107,17 @@ class Watch:
 
     def gone(self) -> list[str]:
         """Processes of this machine that have ended without a word, and what they were doing."""
-        beats = self._read_beats()
         return [
-            f"rank {rank} (pid {pid}) is gone; it was last seen in {_words(beats[rank]['phase'], beats[rank]['step'])}"
-            for rank, pid in sorted(self._neighbours.items())
-            if not _alive(pid) and not self._store.check([f"left/{rank}"])
+            f"rank {rank} (pid {beat['pid']}) is gone; it was last seen in {_words(beat['phase'], beat['step'])}"
+            for rank, beat in sorted(self._neighbours.items())
+            if not _alive(beat["pid"]) and not self._has_left(rank)
         ]
+
+    def _has_left(self, rank: int) -> bool:
+        try:
+            return self._store.check([f"left/{rank}"])
+        except Exception:  # the store went with rank 0, which stays until all have left: it was not meant to
+            return False
 
     def _run(self) -> None:
         failures = 0
@@ -113,7 +129,7 @@ class Watch:
                     self._leave(fault["code"], fault["message"], fault["rank"], fault["final"], False)
                 if self._stay() > self._allowance():
                     self._report_stall()
-                if any(not _alive(pid) for pid in self._neighbours.values()):
+                if any(not _alive(beat["pid"]) for beat in self._neighbours.values()):
                     self._report_gone()
                 failures = 0
             except Exception:  # the store does not answer: rank 0, which holds it, is dead or its machine is
@@ -129,10 +145,9 @@ class Watch:
             "pid": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
-        if self._beats in (1, 2, 4, 8, 16, 32):  # some come late
-            here = socket.gethostname()
-            others = {rank: beat for rank, beat in self._read_beats().items() if rank != self._rank}
-            self._neighbours = {rank: beat["pid"] for rank, beat in others.items() if beat["host"] == here}
+        here = socket.gethostname()
+        others = {rank: beat for rank, beat in self._read_beats().items() if rank != self._rank}
+        self._neighbours = {rank: beat for rank, beat in others.items() if beat["host"] == here}
 
     def _stay(self) -> float:
         return time.monotonic() - self._phase[3]
@@ -195,12 +210,8 @@ class Watch:
     def _leave(self, code: int, message: str, rank: int, final: bool, speaks: bool) -> None:
         status = leave(code, [f"error: {line}" for line in message.splitlines()], speaks=speaks, final=final)
         self._over.set()
-        try:
-            self._store.set(f"left/{self._rank}", "1")
-            if self._rank == 0:
-                self._store.wait([f"left/{rank}" for rank in range(self._size)], timedelta(seconds=5))
-        finally:
-            os._exit(status)  # the main thread may wait for ever
+        self._part()
+        os._exit(status)  # the main thread may wait for ever
 
 
 def _place(beat: dict[str, Any]) -> tuple[int, int]:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import torch
 
+import core.config
 import core.engine
-import core.loader
+import core.parallel
 import pretrain.run
 import tools.cli  # noqa: F401
 from core.checkpoint import Checkpoint
+from core.errors import DataError
 from core.task import Place
 from pretrain.rc_mae import RCMAETask
 
@@ -73,6 +75,11 @@ def forget_sampler() -> None:
     pretrain.run._build_feed = lambda setting, checkpoint, processes: build(setting, None, processes)
 
 
+def no_warm_up() -> None:
+    """DDP's buckets are put in order during the first step."""
+    core.parallel.Parallel.needs_warm_up = False
+
+
 def _before_losses(change: Callable[[Place], None]) -> None:
     losses = RCMAETask.losses
 
@@ -87,14 +94,14 @@ def _poison(steps: range, part: str) -> None:
     losses = RCMAETask.losses
 
     def changed(self: RCMAETask, batch: object, at: Place) -> dict[str, torch.Tensor]:
+        norm = self.student.norm
+        forward = norm.forward
+        if at.step in steps and part == "gradient":  # inside the network, where FSDP2 shows the whole weight
+            norm.forward = lambda x: forward(x) + _NaNGradient.apply(norm.weight[3])
         found = losses(self, batch, at)
-        if at.step not in steps:
-            return found
-        if part == "loss":
+        norm.forward = forward
+        if at.step in steps and part == "loss":
             found["reconstruction"] = found["reconstruction"] + float("nan")
-            return found
-        entry = self.student.norm.weight[3]
-        found["reconstruction"] = found["reconstruction"] + _NaNGradient.apply(entry)
         return found
 
     RCMAETask.losses = changed
@@ -157,6 +164,27 @@ def other_code() -> None:
     pretrain.run.code_digest = lambda: "0123456789abcdef"
 
 
+def other_configuration() -> None:
+    """Is given another gamma."""
+    load = core.config.load_config
+    core.config.load_config = lambda kind, path, overrides: load(kind, path, [*overrides, "gamma=0.5"])
+
+
+def other_data() -> None:
+    """Sees one image fewer."""
+    facts = pretrain.run._data_facts
+    pretrain.run._data_facts = lambda *arguments: {**facts(*arguments), "images": 47}
+
+
+def no_data() -> None:
+    """Does not see the folder of images."""
+
+    def refuse(*_: object) -> None:
+        raise DataError("/data: no such file or folder")
+
+    pretrain.run._open_source = refuse
+
+
 def flipped_bit() -> None:
     """One bit of one weight of the student flips at step 2."""
     update = RCMAETask.after_update
@@ -184,8 +212,8 @@ def slow_saves() -> None:
 FAULTS = {
     function.__name__: function
     for function in (
-        forget_teacher, forget_moments, forget_adam_step, forget_step, forget_sampler, nan_loss_once, nan_gradient_once,
+        forget_teacher, forget_moments, forget_adam_step, forget_step, forget_sampler, no_warm_up, nan_loss_once, nan_gradient_once,
         nan_loss_from_step_3, stuck_in_forward, stopped_in_forward, killed_in_forward, raises_in_forward, other_code,
-        flipped_bit, slow_saves,
+        other_configuration, other_data, no_data, flipped_bit, slow_saves,
     )
 }  # fmt: skip
