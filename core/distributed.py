@@ -7,10 +7,11 @@ tensors go over gloo on a CPU and NCCL on GPUs.
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,8 @@ class Processes:
 
     def first_on_each_machine(self, function: Callable[[], T]) -> T:
         """The result of `function` here, run by one process per machine before the others: it may fill a cache."""
-        early = self.together(lambda: function() if self.local_rank == 0 else None)
+        one_machine = self.local_size == self.size
+        early = self.together(lambda: function() if self.local_rank == 0 else None, anonymous=one_machine)
         late = self.together(lambda: function() if self.local_rank != 0 else None)
         return early if self.local_rank == 0 else late  # type: ignore[return-value]
 
@@ -194,30 +196,39 @@ def joined(timeout_s: float) -> Iterator[Processes]:
         yield processes
         processes.enter(ENDING)
         processes.gather(None)  # nobody leaves before all are done
-    except Preempted as stop:
-        stop.speaks = rank == 0
-        watch.close()
-        raise
-    except RcmaeError as error:
-        error.speaks = watch.post(error.exit_code, str(error), error.final)
-        watch.close()
-        raise
-    except (OSError, torch.OutOfMemoryError) as error:
-        known = machine_error(error) if isinstance(error, OSError) else MachineError(OUT_OF_MEMORY)
-        known.speaks = watch.post(known.exit_code, str(known), known.final)
-        watch.close()
-        raise known from None
     except Exception as error:
-        if _is_lost_contact(error):
-            lost = _explained(error, watch)
-            lost.speaks = watch.post(lost.exit_code, str(lost), lost.final) and lost.speaks
-            watch.close()
-            raise lost from None
-        watch.post(1, f"rank {rank}: a fault of ours: {type(error).__name__}", True)
-        watch.close()
-        raise
+        _let_finish()
+        _leave_with(error, watch, rank)
     watch.close()
     dist.destroy_process_group()
+
+
+def _leave_with(error: Exception, watch: Watch, rank: int) -> NoReturn:
+    """Tell the others of an error, and raise it as what it is."""
+    known: Exception = error
+    if isinstance(error, Preempted):
+        error.speaks = rank == 0  # all have stopped alike
+    elif _is_lost_contact(error):
+        known = _explained(error, watch)
+        known.speaks = watch.post(known.exit_code, str(known), known.final) and known.speaks
+    else:
+        if isinstance(error, torch.OutOfMemoryError):
+            known = MachineError(OUT_OF_MEMORY)
+        elif isinstance(error, OSError) and not isinstance(error, RcmaeError):
+            known = machine_error(error)
+        if isinstance(known, RcmaeError):
+            known.speaks = watch.post(known.exit_code, str(known), known.final)
+        else:
+            watch.post(1, f"rank {rank}: a fault of ours: {type(error).__name__}", True)
+    watch.close()
+    raise known from None
+
+
+def _let_finish() -> None:
+    """Ignore signals from here: torchrun sends one to all when the first has failed, and each has a last word."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        with suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _meet(rank: int, size: int, timeout_s: float) -> Watch:

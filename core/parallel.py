@@ -32,6 +32,8 @@ class Parallel:
         self._sharded: list[FSDPModule] = []
         self._replicated = processes.size > 1 and mode == "ddp"
         if self._replicated:
+            # Of one image per process, gradients have strides of their own, which costs a copy and no more.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # Not by device_ids: batches are moved by the engine.
             self._ddp = DistributedDataParallel(_Losses(task), gradient_as_bucket_view=True)
         elif processes.size > 1:

@@ -75,7 +75,7 @@ class Watch:
         self._beat()
 
     def close(self) -> None:
-        """End the watch; the holder of the store stays, up to five seconds, until the others have read what they need."""
+        """End the watch; the holder of the store stays until the others have read it, five seconds at most."""
         self._over.set()
         self._thread.join(timeout=2 * INTERVAL_S)
         self._part()

@@ -87,6 +87,12 @@ def read_reports() -> list[Report]:
     return sorted(reports, key=lambda report: (report.attempt, report.rank))
 
 
+def earlier_faults() -> list[str]:
+    """What ended the attempts before this one, a line each."""
+    spoken = [report for report in read_reports() if report.code == 7 and report.speaks]
+    return [line.removeprefix("error: ") for report in spoken for line in report.lines]
+
+
 def _reports() -> Path | None:
     return Path(os.environ[REPORTS]) if REPORTS in os.environ else None
 

@@ -25,7 +25,7 @@ from core.optim import adamw, decay_groups, warmup_cosine
 from core.parallel import Parallel
 from core.run_directory import RunDirectory
 from core.streams import ShardStream, expand_urls, is_stream
-from core.worker import note_run
+from core.worker import earlier_faults, note_run
 from pretrain.cost import checkpoint_bytes
 from pretrain.data import PrepareSample, collate
 from pretrain.mae import MaskedAutoencoder
@@ -180,6 +180,8 @@ def _run(
 
 def _open_log(setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None) -> None:
     assert writer is not None, "only the first process logs"
+    for fault in earlier_faults():
+        logger.warning("started again: %s", fault)
     state_bytes = checkpoint_bytes(setting.vit, setting.decoder, setting.config.method == "rc_mae")
     path = writer.directory.path
     require_space(path, int(2.4 * state_bytes), "room for two checkpoints", None)

@@ -136,7 +136,12 @@ def nan_loss_from_step_3() -> None:
 
 def stuck_in_forward() -> None:
     """Sleeps for ever in the forward pass of step 2."""
-    _before_losses(lambda at: time.sleep(600) if at.step == 2 else None)
+
+    def sleep(at: Place) -> None:
+        if at.step == 2:
+            time.sleep(600)
+
+    _before_losses(sleep)
 
 
 def stopped_in_forward() -> None:

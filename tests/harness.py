@@ -197,11 +197,7 @@ def fresh(path: Path) -> Path:
 
 
 def _run(message: dict[str, Any], rank: int) -> int:
-    from core.config import load_config
-    from pretrain.run import pretrain
-    from pretrain.settings import PretrainConfig
     from tests.faults import plant
-    from tools.cli import guarded
 
     if message["size"] > 1:
         place = {"RANK": rank, "WORLD_SIZE": message["size"], "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": message["size"]}
@@ -209,6 +205,11 @@ def _run(message: dict[str, Any], rank: int) -> int:
         os.environ |= {key: str(value) for key, value in (place | where).items()}
     if message["fault"] and message["faulty_rank"] in (rank, -1):
         plant(message["fault"])
+    from core.config import load_config  # after the fault, which may lie there
+    from pretrain.run import pretrain
+    from pretrain.settings import PretrainConfig
+    from tools.cli import guarded
+
     fs = CrashingFileSystem(message["crash_at"])
     code = guarded(lambda: pretrain(load_config(PretrainConfig, None, message["overrides"]), fs=fs))
     if rank == 0:

@@ -5,6 +5,7 @@ if __name__ == "__main__":  # as a worker of torchrun, it must be tied to its pa
 
     begin()
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -110,7 +111,12 @@ def _split(settings: list[str]) -> tuple[Path | None, list[str]]:
 
 def main() -> None:
     """Entry point of the command: one line per error and the exit code of its kind."""
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
+    code = guarded(lambda: app(standalone_mode=False))
+    if is_worker():  # threads of a process group that was left in an error would abort an orderly end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def guarded(command: Callable[[], Any]) -> int:

@@ -5,6 +5,7 @@ agent below it, in a session of its own; and the workers, which run the same com
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -97,7 +98,7 @@ def _run_agent(arguments: Sequence[str], stopped: list[str]) -> int:
         # Without it restarted processes read addresses of the attempt before, and hang.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _nproc(arguments)))),
-        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),  # torchrun's own words; ours say more
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         # A folder called tools where the user stands must not be taken for ours.
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -147,7 +148,8 @@ def _outcome(status: int, stopped: list[str], reports: list[Report], folder: Pat
         return 0, []
     latest = [report for report in faults if report.attempt == last]
     killed = _killed(folder)
-    said = _said(latest) if latest else [f"error: torchrun ended with status {status}"]
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    said = _said(latest) if latest else [f"error: torchrun {how}; the same command goes on"]
     return 7, [*(f"error: {text}" for text in killed), *said] if killed else said
 
 
@@ -192,6 +194,7 @@ def _agent(arguments: Sequence[str]) -> int:
     if os.getppid() != int(os.environ[LAUNCHER]):
         return 1
     os.environ[AGENT] = str(os.getpid())
+    logging.disable()  # torchrun tells of every signal that it passes on
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
