@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: venv demo test lint types check
+.PHONY: venv demo test soak lint types check
 
 venv: $(READY)
 
@@ -18,6 +18,11 @@ demo: venv
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Kills, restarts and bit flips for as long as asked; not part of CI.
+MINUTES ?= 30
+soak: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 lint: venv
 	$(BIN)/ruff check .

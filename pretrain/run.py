@@ -49,8 +49,9 @@ def pretrain(config: PretrainConfig, resume: str = "auto", fs: FileSystem | None
     with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
         facts = environment()
         processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
-        processes.agree({f"configuration: {key}": value for key, value in config.model_dump(mode="json").items()})
-        processes.agree({"--resume": resume})
+        # Where the data lie may differ between machines, what they are may not.
+        values = config.model_dump(mode="json", exclude={"data", "cache"})
+        processes.agree({"--resume": resume, **{f"configuration: {key}": value for key, value in values.items()}})
         source = processes.first_on_each_machine(lambda: _open_source(config))
         processes.agree({"data": _data_facts(config, source)})
         with _writer(config, processes, fs) as writer:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -61,12 +62,16 @@ def forget_adam_step() -> None:
 
 
 def forget_step() -> None:
-    """A resumed run counts its steps from 0 again, and so do its schedules."""
+    """A resumed run has its weights and counts its steps from 0 again: schedules, images, checkpoints."""
+    start = pretrain.run._starting_point
 
-    def change(task: RCMAETask, run: core.engine.Fit, progress: core.engine.Progress) -> None:
-        progress.step = 0
+    def changed(*arguments: object) -> Checkpoint | None:
+        found = start(*arguments)
+        if found is None:
+            return None
+        return replace(found, step=0, state={**found.state, "progress": {**found.state["progress"], "step": 0}})
 
-    _after_restore(change)
+    pretrain.run._starting_point = changed
 
 
 def forget_sampler() -> None:

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ class ForkServer:
 
     def start(
         self, overrides: list[str], log: Path, crash_at: int | None = None, size: int = 1, fault: str | None = None,
-        faulty_rank: int = 0,
+        faulty_rank: int = 0, stage: str = "pretrain",
     ) -> Run:  # fmt: skip
         """Fork a run of `size` processes.
 
@@ -119,7 +120,7 @@ class ForkServer:
         """
         message = {
             "overrides": overrides, "log": str(log), "crash_at": crash_at, "size": size, "port": free_port(),
-            "fault": fault, "faulty_rank": faulty_rank,
+            "fault": fault, "faulty_rank": faulty_rank, "stage": stage,
         }  # fmt: skip
         self._send({"start": message})
         return Run(*json.loads(self._receive()))
@@ -145,6 +146,66 @@ class ForkServer:
 
     def _receive(self) -> str:
         return self._process.stdout.readline().strip()
+
+
+class Started:
+    """A command that was started, and all the processes that came of it."""
+
+    def __init__(self, arguments: list[str], module: str = "tools.cli") -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RCMAE_TEST": self.mark}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def family(self) -> list[int]:
+        """Process ids of all that are alive."""
+        mark = f"RCMAE_TEST={self.mark}".encode()
+        return living(lambda pid: mark in Path(f"/proc/{pid}/environ").read_bytes())
+
+    def workers(self) -> dict[int, int]:
+        """Process id by rank."""
+        found = {}
+        for pid in self.family():
+            with contextlib.suppress(OSError):
+                variables = dict(
+                    item.split(b"=", 1) for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if item
+                )
+                if b"RANK" in variables:
+                    found[int(variables[b"RANK"])] = pid
+        return found
+
+    def agent(self) -> int:
+        """Process id of torchrun's agent."""
+        others = set(self.family()) - {self.process.pid} - set(self.workers().values())
+        return next(pid for pid in others if b"tools.launch" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    def end(self, patience_s: float = 120) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr; fails if anything of it lives on."""
+        out, err = self.process.communicate(timeout=patience_s)
+        self.assert_nobody_left()
+        return self.process.returncode, out, err
+
+    def assert_nobody_left(self) -> None:
+        """Fail if a process is alive after five seconds."""
+        deadline = time.monotonic() + 5
+        while (left := self.family()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            kill(pid)
+        assert not left, f"orphans: {left}"
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], module: str = "tools.cli") -> Iterator[Started]:
+    run = Started(arguments, module)
+    try:
+        yield run
+    finally:
+        for pid in run.family():
+            kill(pid)
+        run.process.wait()
 
 
 def free_port() -> int:
@@ -196,6 +257,17 @@ def fresh(path: Path) -> Path:
     return path
 
 
+def _pretrain(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from pretrain.run import pretrain
+    from pretrain.settings import PretrainConfig
+
+    pretrain(load_config(PretrainConfig, None, overrides), fs=fs)
+
+
+STAGES = {"pretrain": _pretrain}  # what trains, by its verb
+
+
 def _run(message: dict[str, Any], rank: int) -> int:
     from tests.faults import plant
 
@@ -205,13 +277,10 @@ def _run(message: dict[str, Any], rank: int) -> int:
         os.environ |= {key: str(value) for key, value in (place | where).items()}
     if message["fault"] and message["faulty_rank"] in (rank, -1):
         plant(message["fault"])
-    from core.config import load_config  # after the fault, which may lie there
-    from pretrain.run import pretrain
-    from pretrain.settings import PretrainConfig
     from tools.cli import guarded
 
     fs = CrashingFileSystem(message["crash_at"])
-    code = guarded(lambda: pretrain(load_config(PretrainConfig, None, message["overrides"]), fs=fs))
+    code = guarded(lambda: STAGES[message["stage"]](message["overrides"], fs))
     if rank == 0:
         Path(message["log"] + ".points").write_text(str(fs.points))
     return code

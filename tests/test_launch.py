@@ -1,87 +1,21 @@
 """`--nproc`: the launcher, torchrun below it and the workers below that, as a user and a cluster meet them."""
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError
 from core.worker import Report
-from tests.harness import ROOT, ForkServer, kill, living
+from tests.harness import ForkServer, kill, started
 from tests.test_distributed import wait_for_step
 from tests.test_resume import digest
 from tests.tiny import tiny_overrides
 from tools.launch import FAILURES, Launch, _outcome
 
 LONG = {"batch_size": 12, "epochs": 5000, "checkpoint__every_steps": 20, "log__every_steps": 20}
-
-
-class Started:
-    """A command that was started, and all the processes that came of it."""
-
-    def __init__(self, arguments: list[str], module: str = "tools.cli") -> None:
-        self.mark = uuid.uuid4().hex
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RCMAE_TEST": self.mark}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def family(self) -> list[int]:
-        """Process ids of all that are alive."""
-        mark = f"RCMAE_TEST={self.mark}".encode()
-        return living(lambda pid: mark in Path(f"/proc/{pid}/environ").read_bytes())
-
-    def workers(self) -> dict[int, int]:
-        """Process id by rank."""
-        found = {}
-        for pid in self.family():
-            with contextlib.suppress(OSError):
-                variables = dict(
-                    item.split(b"=", 1) for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if item
-                )
-                if b"RANK" in variables:
-                    found[int(variables[b"RANK"])] = pid
-        return found
-
-    def agent(self) -> int:
-        """Process id of torchrun's agent."""
-        others = set(self.family()) - {self.process.pid} - set(self.workers().values())
-        return next(pid for pid in others if b"tools.launch" in Path(f"/proc/{pid}/cmdline").read_bytes())
-
-    def end(self, patience_s: float = 120) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; fails if anything of it lives on."""
-        out, err = self.process.communicate(timeout=patience_s)
-        self.assert_nobody_left()
-        return self.process.returncode, out, err
-
-    def assert_nobody_left(self) -> None:
-        """Fail if a process is alive after five seconds."""
-        deadline = time.monotonic() + 5
-        while (left := self.family()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for pid in left:
-            kill(pid)
-        assert not left, f"orphans: {left}"
-
-
-@contextlib.contextmanager
-def started(arguments: list[str], module: str = "tools.cli") -> Iterator[Started]:
-    run = Started(arguments, module)
-    try:
-        yield run
-    finally:
-        for pid in run.family():
-            kill(pid)
-        run.process.wait()
 
 
 def outcome(out: Path) -> dict:

@@ -83,7 +83,6 @@ def _torchrun_arguments(plan: Launch, arguments: Sequence[str]) -> list[str]:
         f"--nproc-per-node={plan.nproc}",
         f"--max-restarts={plan.max_restarts}",
         "--signals-to-handle=" + ",".join(number.name for number in STOP_SIGNALS),
-        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
         *meeting,
         "-m",
         "tools.cli",
@@ -97,6 +96,7 @@ def _run_agent(arguments: Sequence[str], stopped: list[str]) -> int:
         LAUNCHER: str(os.getpid()),
         # Without it restarted processes read addresses of the attempt before, and hang.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),  # not its option, which older versions lack
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _nproc(arguments)))),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         # A folder called tools where the user stands must not be taken for ours.
