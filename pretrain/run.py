@@ -199,17 +199,21 @@ def build_task(setting: Setting, processes: Processes) -> RCMAETask:
     teacher = None
     if config.method == "rc_mae":
         teacher = MaskedAutoencoder(setting.vit, setting.decoder).to(setting.device)
-    method = Method(
+    method = _method(config, setting.plan.total_steps)
+    return RCMAETask(student, teacher, method, _build_probe(setting, processes), _build_pictures(setting))
+
+
+def _method(config: PretrainConfig, total_steps: int) -> Method:
+    return Method(
         mask_ratio=config.mask_ratio,
         norm_pix_loss=config.norm_pix_loss,
         gamma=config.gamma,
         momentum=config.momentum,
         teacher=config.teacher,
-        total_steps=setting.plan.total_steps,
+        total_steps=total_steps,
         mean=config.mean,
         std=config.std,
     )
-    return RCMAETask(student, teacher, method, _build_probe(setting, processes), _build_pictures(setting))
 
 
 def _build_probe(setting: Setting, processes: Processes) -> KNNProbe | None:

@@ -6,10 +6,12 @@ real launcher where torchrun's agent is to be killed or a worker to be restarted
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -167,11 +169,51 @@ class Campaign:
         print(f"FAULT {kind}: {self}: {text}; kept in {self.folder}", flush=True)
 
 
+def restarts(number: int) -> int:
+    """Kill a worker of `--nproc 3` so many times; each time torchrun must bring all back with its first restart."""
+    work = Path(tempfile.mkdtemp(prefix="rcmae-soak-"))
+    data, out, log = draw_images(work / "data"), work / "out", work / "log"
+    rng, seconds = random.Random(0), []
+    changes = {
+        "batch_size": 12, "epochs": 25 * (number + 1), "checkpoint__every_steps": 50, "log__every_steps": 50,
+    }  # fmt: skip
+    with ForkServer() as server:
+        assert server.run(tiny_overrides(data, work / "reference", **changes), log, size=3) == 0, log.read_text()
+    arguments = ["pretrain", *tiny_overrides(data, out, **changes), "--nproc", "3", "--max-restarts", str(number)]
+    with started(arguments) as run:
+        for _ in range(number):
+            newest = newest_step(out)
+            while newest_step(out) == newest and run.process.poll() is None:  # it trains
+                time.sleep(0.05)
+            workers = run.workers()
+            kill(workers[rng.randrange(3)])
+            begun = time.monotonic()
+            while not (len(now := run.workers()) == 3 and not set(now.values()) & set(workers.values())):
+                time.sleep(0.05)
+            seconds.append(time.monotonic() - begun)
+        code, _, complained = run.end(300)
+    attempts = json.loads((out / "outcome.json").read_text())["restarts"]
+    same = digest(out) == digest(work / "reference")
+    print(
+        f"{number} worker kills, {attempts} restarts, exit code {code}, digest {'equal' if same else 'DIFFERENT'}; "
+        f"new processes after {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s (longest)\n{complained}"
+    )
+    return 0 if (attempts, code, same) == (number, 0, True) else 1
+
+
+def newest_step(out: Path) -> str:
+    """Name of the newest checkpoint."""
+    return max((path.name for path in (out / "checkpoints").glob("step_*")), default="")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--restarts", type=int, help="instead: so many worker kills under --nproc 3")
     options = parser.parse_args()
+    if options.restarts:
+        return restarts(options.restarts)
     work = Path(tempfile.mkdtemp(prefix="rcmae-soak-"))
     data, rng, counts = draw_images(work / "data"), random.Random(options.seed), Counter()
     sizes: Counter = Counter()
