@@ -7,7 +7,7 @@ from typing import Any
 
 from core.config import Config, differences, dump_config, read_yaml
 from core.errors import ConfigError, MachineError, shown
-from core.files import RunLock, replace_file
+from core.files import FileSystem, RunLock, replace_file
 from core.machine import environment
 
 LOCK_NAME = ".lock"
@@ -57,8 +57,13 @@ class RunDirectory:
                         for line in changed
                     )
                 )
-        elif any(entry.name not in {LOCK_NAME, "checkpoints"} for entry in self.path.iterdir()):
+        elif any(
+            entry.name not in {LOCK_NAME, "checkpoints"} for entry in self.path.iterdir() if not _unfinished(entry)
+        ):
             raise ConfigError(f"out={shown(self.path)}: holds other files and no run; give a new or empty folder")
+        for entry in [*self.path.iterdir(), *self.path.glob("pictures/*")]:
+            if _unfinished(entry):  # of a process that was killed: the lock is ours
+                FileSystem().remove_tree(entry) if entry.is_dir() else entry.unlink()
         replace_file(stored, dump_config(config).encode())
         replace_file(self.path / "env.json", json.dumps(environment(), indent=1).encode())
 
@@ -69,3 +74,7 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back."""
         self._lock.release()
+
+
+def _unfinished(entry: Path) -> bool:
+    return entry.name.startswith((".tmp-", ".del-"))

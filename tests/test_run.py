@@ -52,6 +52,17 @@ def test_out_that_holds_something_else_is_left_alone(server: ForkServer, data: P
     assert not (out / "config.yaml").exists()
 
 
+def test_what_a_killed_process_left_half_written_is_removed(server: ForkServer, data: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    (out / ".del-backbone-1").mkdir(parents=True)
+    (out / ".tmp-config.yaml-1").write_text("half")  # killed before it was a run
+    (out / ".del-backbone-1" / "config.json").write_text("{}")
+    assert server.run(tiny_overrides(data, out), log) == 0, log.read_text()
+    (out / "pictures" / ".tmp-reconstructions_0000000.png-1").write_text("half")
+    assert server.run(tiny_overrides(data, out), log) == 0
+    assert [p.name for p in out.rglob(".*")] == [".lock"]
+
+
 def test_another_configuration_is_refused_key_by_key(server: ForkServer, data: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     assert server.run(tiny_overrides(data, out), log) == 0
