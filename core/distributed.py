@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -232,22 +233,20 @@ def _let_finish() -> None:
 
 
 def _meet(rank: int, size: int, timeout_s: float) -> Watch:
-    longest = timedelta(seconds=SLOW_FACTOR * timeout_s + 60)  # the watch is to notice first
+    start = timedelta(seconds=SLOW_FACTOR * timeout_s)
+    longest = start + timedelta(seconds=60)  # for a collective: the watch is to notice first
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=SLOW_FACTOR * timeout_s))))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
-        )
-        watch = Watch(dist.PrefixStore(f"rcmae/{attempt}", own), rank, size, timeout_s)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, _, _ = next(iter(rendezvous("env://", timeout=start)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
-        dist.all_reduce(torch.zeros(1))  # all have come
-        watch.meet()
-    except (dist.DistError, RuntimeError, TimeoutError) as error:
+        # A store may outlive an attempt, and attempts are not counted alike on all machines: keys of our own.
+        key = Processes(rank, size).gather(uuid.uuid4().hex)[0]
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own = dist.TCPStore(address, port, None, False, timedelta(seconds=30))
+    except (RuntimeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise DistributedError(f"rank {rank}: could not meet the other {size - 1} processes: {first}") from None
-    return watch
+    return Watch(dist.PrefixStore(f"rcmae/{key}", own), rank, size, timeout_s)
 
 
 def _is_lost_contact(error: Exception) -> bool:

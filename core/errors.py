@@ -43,8 +43,9 @@ class MachineError(RcmaeError, OSError):
 
     exit_code = 6
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, final: bool = True) -> None:
         super().__init__(message)
+        self.final = final
 
 
 class DistributedError(RcmaeError, RuntimeError):

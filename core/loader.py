@@ -321,7 +321,8 @@ def worker_faults() -> Iterator[None]:
             raise
         raise MachineError(
             f"a loader worker died or was silent for loader.timeout_s seconds ({str(error).splitlines()[0]}); "
-            "give the same command again to go on, with fewer loader.num_workers if memory was short"
+            "give the same command again to go on, with fewer loader.num_workers if memory was short",
+            final=False,
         ) from None
 
 

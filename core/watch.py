@@ -25,13 +25,14 @@ _ORDER = (START, EVALUATING, SAVING, LOADING, FIRST, FORWARD, BACKWARD, UPDATING
 _QUICK = (FORWARD, BACKWARD, UPDATING)
 SLOW_FACTOR = 5  # the other phases may take so many times longer
 INTERVAL_S = 1.0
+_STORE_GONE = (RuntimeError, OSError)  # what its client raises when rank 0, which holds it, is dead or unreachable
 
 
 class Watch:
     """The watch of one process over all. `enter` is called by the main thread, everything else happens in its own."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
-        """Begin to watch.
+        """Begin to watch, when all have come.
 
         Args:
             store: a client of its own: a call that blocks in another thread would block this one.
@@ -43,7 +44,6 @@ class Watch:
         self._neighbours: dict[int, dict[str, Any]] = {}  # rank -> last beat, of those on this machine
         self._over = threading.Event()
         self._main = threading.main_thread().ident
-        self._beat()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -67,12 +67,8 @@ class Watch:
         mine = json.dumps({"rank": self._rank, "code": code, "message": message, "final": final})
         try:
             return self._store.compare_set("fault", "", mine) == mine.encode()
-        except Exception:  # the store is gone, with the process that held it
+        except _STORE_GONE:
             return True
-
-    def meet(self) -> None:
-        """Learn who the others are; call when all have come."""
-        self._beat()
 
     def close(self) -> None:
         """End the watch; the holder of the store stays until the others have read it, five seconds at most."""
@@ -89,7 +85,7 @@ class Watch:
                 dead = {rank for rank, beat in self._neighbours.items() if not _alive(beat["pid"])}
                 waited_for = {rank for rank in waited_for - dead if not self._store.check([f"left/{rank}"])}
                 time.sleep(0.02)
-        except Exception:  # nobody left to wait for
+        except _STORE_GONE:  # nobody left to wait for
             return
 
     def fault_of_another(self, patience_s: float) -> dict[str, Any] | None:
@@ -99,7 +95,7 @@ class Watch:
             try:
                 if self._store.check(["fault"]):
                     return json.loads(self._store.get("fault"))
-            except Exception:
+            except _STORE_GONE:
                 return None
             if time.monotonic() > deadline:
                 return None
@@ -116,23 +112,23 @@ class Watch:
     def _has_left(self, rank: int) -> bool:
         try:
             return self._store.check([f"left/{rank}"])
-        except Exception:  # the store went with rank 0, which stays until all have left: it was not meant to
+        except _STORE_GONE:  # with rank 0, which stays until all have left: it was not meant to
             return False
 
     def _run(self) -> None:
         failures = 0
-        while not self._over.wait(INTERVAL_S):
+        while not self._over.wait(0 if self._beats == 0 else INTERVAL_S):
             try:
                 self._beat()
                 if self._store.check(["fault"]):
                     fault = json.loads(self._store.get("fault"))
                     self._leave(fault["code"], fault["message"], fault["rank"], fault["final"], False)
-                if self._stay() > self._allowance():
+                if self._stay() > self._allowance(self._phase[0], self._phase[2]):
                     self._report_stall()
                 if any(not _alive(beat["pid"]) for beat in self._neighbours.values()):
                     self._report_gone()
                 failures = 0
-            except Exception:  # the store does not answer: rank 0, which holds it, is dead or its machine is
+            except _STORE_GONE:
                 failures += 1
                 if failures == 5:
                     self._leave(7, "rank 0 is gone, or the network to it", 0, False, True)
@@ -152,8 +148,7 @@ class Watch:
     def _stay(self) -> float:
         return time.monotonic() - self._phase[3]
 
-    def _allowance(self) -> float:
-        phase, _, waiting, _ = self._phase
+    def _allowance(self, phase: str, waiting: bool) -> float:
         # Who waits is patient: the one that is waited for runs out of time first, and knows best where it is.
         return self._timeout_s * (1 if phase in _QUICK else SLOW_FACTOR) + (3 * INTERVAL_S if waiting else 0)
 
@@ -171,19 +166,18 @@ class Watch:
         time.sleep(2.5 * INTERVAL_S)
         self._beat()
         now = self._read_beats()
-        missing = [rank for rank in range(self._size) if rank not in now]
         frozen = [r for r in now if r != self._rank and before.get(r, {}).get("beat") == now[r]["beat"]]
         busy = {r: b for r, b in now.items() if not b["waiting"]} or now
         behind = [r for r in busy if _place(busy[r]) == min(map(_place, busy.values()))]
-        if missing:
-            text = f"{_ranks(missing)} never came"
-        elif frozen:
+        if frozen:
             beat = now[frozen[0]]
             text = f"{_ranks(frozen)} silent: stopped, or its machine is; last in {_words(beat['phase'], beat['step'])}"
         else:
             beat = now[behind[0]]
+            if beat["for_s"] <= self._allowance(beat["phase"], beat["waiting"]):
+                return  # what is waited for may take longer than waiting itself
             text = f"{_ranks(behind)} stuck for {beat['for_s']:.0f} s in {_words(beat['phase'], beat['step'])}"
-        if behind == [self._rank] and not missing and not frozen:
+        if behind == [self._rank] and not frozen:
             text += f" ({self._line()})"
         text += "; give the same command again to go on, with a higher engine.timeout_s if that is how long it takes"
         self._leave(7, text, self._rank, False, self.post(7, text, False))

@@ -89,7 +89,7 @@ def read_reports() -> list[Report]:
 
 def earlier_faults() -> list[str]:
     """What ended the attempts before this one, a line each."""
-    spoken = [report for report in read_reports() if report.code == 7 and report.speaks]
+    spoken = [report for report in read_reports() if report.code not in (0, 75) and report.speaks]
     return [line.removeprefix("error: ") for report in spoken for line in report.lines]
 
 

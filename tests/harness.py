@@ -166,15 +166,18 @@ class Started:
 
     def workers(self) -> dict[int, int]:
         """Process id by rank."""
-        found = {}
+        found: dict[int, dict[int, int]] = {}  # parent -> rank -> process id
         for pid in self.family():
             with contextlib.suppress(OSError):
                 variables = dict(
                     item.split(b"=", 1) for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if item
                 )
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 if b"RANK" in variables:
-                    found[int(variables[b"RANK"])] = pid
-        return found
+                    found.setdefault(parent, {})[int(variables[b"RANK"])] = pid
+        # Loader workers are children of workers, and have their environment.
+        workers = {pid for ranks in found.values() for pid in ranks.values()}
+        return {rank: pid for parent, ranks in found.items() if parent not in workers for rank, pid in ranks.items()}
 
     def agent(self) -> int:
         """Process id of torchrun's agent."""

@@ -155,6 +155,7 @@ OUTCOMES = {
         ["stopped by SIGINT, nothing new was saved; the same command goes on from the last checkpoint"],
     ),
     "out of restarts": (1, [], [report(0, 7, "lost", 3, final=False)], 7, ["lost"]),
+    "out of restarts, of memory": (1, [], [report(0, 6, "memory", 3, final=False)], 6, ["memory"]),
     "no word": (1, [], [], 7, ["error: torchrun ended with status 1; the same command goes on"]),
 }  # fmt: skip
 

@@ -146,11 +146,12 @@ def _outcome(status: int, stopped: list[str], reports: list[Report], folder: Pat
         ]
     if status == 0:
         return 0, []
+    killed = [f"error: {text}" for text in _killed(folder)]
     latest = [report for report in faults if report.attempt == last]
-    killed = _killed(folder)
+    if latest:
+        return latest[0].code, killed + _said(latest)
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    said = _said(latest) if latest else [f"error: torchrun {how}; the same command goes on"]
-    return 7, [*(f"error: {text}" for text in killed), *said] if killed else said
+    return 7, killed or [f"error: torchrun {how}; the same command goes on"]
 
 
 def _said(reports: list[Report]) -> list[str]:
