@@ -30,6 +30,7 @@ from core.errors import (
     machine_error,
 )
 from core.watch import ENDING, SLOW_FACTOR, Watch
+from core.worker import STOP_SIGNALS
 
 T = TypeVar("T")
 Tensors = dict[str, dict[str, Tensor]]
@@ -227,7 +228,7 @@ def _leave_with(error: Exception, watch: Watch, rank: int) -> NoReturn:
 
 def _let_finish() -> None:
     """Ignore signals from here: torchrun sends one to all when the first has failed, and each has a last word."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         with suppress(ValueError):  # not the main thread
             signal.signal(number, signal.SIG_IGN)
 

@@ -6,14 +6,11 @@ read from the device but flags and counters, copied without blocking and read tw
 """
 
 import logging
-import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -24,6 +21,7 @@ from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from core.config import Config
 from core.distributed import Processes, Tensors
 from core.errors import CheckpointError, ConfigError, DistributedError, NumericError, Preempted
+from core.flags import FLAG_DELAY_STEPS, Counts, FlagReader, stop_signal
 from core.loader import Feed, worker_faults
 from core.log import LogConfig, ProgressBar, RunLog
 from core.machine import global_rng_digest, memory_gib
@@ -33,7 +31,6 @@ from core.task import Place, Task
 from core.watch import BACKWARD, EVALUATING, FIRST, FORWARD, LOADING, SAVING, UPDATING
 
 MAX_NON_FINITE_IN_ROW = 3
-FLAG_DELAY_STEPS = 2
 
 # What must be as it was for a resumed run to give the same bits, and what another value does.
 _INEXACT = {
@@ -121,49 +118,6 @@ class Progress:
 
     step: int = 0
     skipped: int = 0  # non-finite steps, suppressed
-
-
-class Counts(NamedTuple):
-    """What is known of the steps so far."""
-
-    in_row: int = 0  # most non-finite steps in a row
-    total: int = 0  # non-finite steps
-    stop: int = 0  # 1: some process was asked to stop
-
-
-class FlagReader:
-    """Counts non-finite steps on the device, and reports them and stop flags late, without waiting for the device.
-
-    What it reports is a function of the step asked for, so all processes act at the same step.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._row = torch.zeros(2, dtype=torch.int32, device=device)  # in a row now, most in a row
-        self._total = torch.zeros((), dtype=torch.int32, device=device)
-        self._pending: deque[tuple[int, Tensor, Any]] = deque()
-        self._counts = Counts()
-        self._cuda = device.type == "cuda"
-
-    def record(self, step: int, bad: Tensor, stop: Tensor) -> None:
-        """Note the 0-dim int32 flags of a step; starts a copy to the host."""
-        in_row = (self._row[0] + 1) * bad
-        self._row = torch.stack([in_row, torch.maximum(self._row[1], in_row)])
-        self._total = self._total + bad
-        counts = torch.stack([self._row[1], self._total, stop])
-        host = torch.empty(3, dtype=torch.int32, pin_memory=self._cuda).copy_(counts, non_blocking=True)
-        event = torch.cuda.Event() if self._cuda else None
-        if event:
-            event.record()
-        self._pending.append((step, host, event))
-
-    def read(self, upto_step: int) -> Counts:
-        """What was recorded up to and including a step."""
-        while self._pending and self._pending[0][0] <= upto_step:
-            _, host, event = self._pending.popleft()
-            if event:
-                event.synchronize()
-            self._counts = Counts(*host.tolist())
-        return self._counts
 
 
 def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progress:
@@ -368,29 +322,6 @@ def _require_equal(mine: dict[str, int], processes: Processes, step: int) -> Non
                     "fault of memory or machine; nothing of it was saved; the same command goes on from the last good "
                     "checkpoint"
                 )
-
-
-@contextmanager
-def stop_signal() -> Iterator[list[str]]:
-    """While open, a signal to stop appends its name to the yielded list instead of ending the process."""
-    received: list[str] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue  # nohup
-        try:
-            previous[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: signals are somebody else's business
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _due(step: int, run: Fit) -> bool:

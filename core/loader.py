@@ -27,7 +27,7 @@ from core.distributed import Processes
 from core.errors import DataError, MachineError, shown
 from core.images import MAX_PIXELS, BadImage, decode
 from core.streams import ShardStream
-from core.worker import end_with_parent
+from core.worker import STOP_SIGNALS, end_with_parent
 
 MAX_TRIES = 20
 
@@ -215,7 +215,7 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
 def _init_worker(_: int) -> None:
     end_with_parent()
     # Signals reach the whole group; the main process decides when to stop.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_for_main_process, daemon=True).start()

@@ -16,6 +16,7 @@ from pathlib import Path
 REPORTS = "RCMAE_REPORTS"  # folder in which the launcher of this machine collects reports; set by it alone
 AGENT = "RCMAE_AGENT"  # process id of the torchrun that started us
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # save, and end with 75
 
 
 def is_worker() -> bool:

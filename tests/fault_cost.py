@@ -15,7 +15,8 @@ from rich.console import Console
 
 from core.checkpoint import CheckpointConfig
 from core.distributed import Processes, joined
-from core.engine import EngineConfig, Fit, FlagReader, Plan, train_step
+from core.engine import EngineConfig, Fit, Plan, train_step
+from core.flags import FlagReader
 from core.log import LogConfig
 from core.optim import OptimConfig, adamw, decay_groups
 from core.parallel import Parallel

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.checkpoint import CheckpointConfig, CheckpointStore
 from core.distributed import Processes
-from core.engine import EngineConfig, Fit, FlagReader, Plan, autocast, choose_accumulation, fit, train_step
+from core.engine import EngineConfig, Fit, Plan, autocast, choose_accumulation, fit, train_step
 from core.errors import ConfigError, NumericError, Preempted
+from core.flags import FlagReader
 from core.log import LogConfig, RunLog
 from core.optim import OptimConfig, adamw, decay_groups
 from core.parallel import Parallel

@@ -19,11 +19,11 @@ from types import FrameType
 
 from core.errors import ConfigError
 from core.files import replace_file
-from core.worker import AGENT, REPORTS, Report, end_with_parent, read_reports
+from core.worker import AGENT, REPORTS, STOP_SIGNALS, Report, end_with_parent, read_reports
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = "RCMAE_LAUNCHER"  # process id of this launcher, for the agent
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+HANDLED = (*STOP_SIGNALS, signal.SIGQUIT)
 SHUTDOWN_TIMEOUT_S = 120  # for a last checkpoint; that of a ViT-H takes 20 s on a slow disk
 FAILURES = "failures.json"
 
@@ -82,7 +82,7 @@ def _torchrun_arguments(plan: Launch, arguments: Sequence[str]) -> list[str]:
         f"--nnodes={plan.nnodes}",
         f"--nproc-per-node={plan.nproc}",
         f"--max-restarts={plan.max_restarts}",
-        "--signals-to-handle=" + ",".join(number.name for number in STOP_SIGNALS),
+        "--signals-to-handle=" + ",".join(number.name for number in HANDLED),
         *meeting,
         "-m",
         "tools.cli",
@@ -114,7 +114,7 @@ def _run_agent(arguments: Sequence[str], stopped: list[str]) -> int:
             agent.send_signal(waiting.pop())
 
     agent: subprocess.Popen | None = None
-    for number in STOP_SIGNALS:
+    for number in HANDLED:
         if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
             signal.signal(number, pass_on)
     # A session of its own: Ctrl-C in a terminal reaches the launcher alone.
