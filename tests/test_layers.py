@@ -74,3 +74,14 @@ def test_nothing_unpickles_or_evaluates() -> None:
                 assert not called.endswith((".extractall", ".extract")), where
                 assert keywords.get("allow_pickle") != "True" and keywords.get("shell") != "True", where
                 assert called != "torch.load" or keywords.get("weights_only") == "True", where
+
+
+def test_only_these_files_know_of_other_processes() -> None:
+    """Models, tasks and stages are written for one process; `core.distributed.Processes` is all they may ask."""
+    knowing = {
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in (ROOT / package).rglob("*.py")
+        if any(name.startswith("torch.distributed") for name in imported_modules(path))
+    }
+    assert knowing == {"core/distributed.py", "core/parallel.py", "core/watch.py", "tools/launch.py"}
