@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -241,13 +242,13 @@ def _meet(rank: int, size: int, timeout_s: float) -> Watch:
         store, _, _ = next(iter(rendezvous("env://", timeout=start)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
         # A store may outlive an attempt, and attempts are not counted alike on all machines: keys of our own.
-        key = Processes(rank, size).gather(uuid.uuid4().hex)[0]
+        came = Processes(rank, size).gather([uuid.uuid4().hex, socket.gethostname(), os.getpid()])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         own = dist.TCPStore(address, port, None, False, timedelta(seconds=30))
     except (RuntimeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise DistributedError(f"rank {rank}: could not meet the other {size - 1} processes: {first}") from None
-    return Watch(dist.PrefixStore(f"rcmae/{key}", own), rank, size, timeout_s)
+    return Watch(dist.PrefixStore(f"rcmae/{came[0][0]}", own), rank, [(host, pid) for _, host, pid in came], timeout_s)
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -5,7 +5,6 @@ Through the store that torchrun's rendezvous uses, not through collectives: thos
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -31,17 +30,23 @@ _STORE_GONE = (RuntimeError, OSError)  # what its client raises when rank 0, whi
 class Watch:
     """The watch of one process over all. `enter` is called by the main thread, everything else happens in its own."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, store: dist.Store, rank: int, who: list[tuple[str, int]], timeout_s: float) -> None:
         """Begin to watch, when all have come.
 
         Args:
             store: a client of its own: a call that blocks in another thread would block this one.
+            who: (host, process id) of every process, by rank.
             timeout_s: longest stay in one phase of a step; five times that for loading, saving, evaluation, start.
         """
-        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        self._store, self._rank, self._size, self._timeout_s = store, rank, len(who), timeout_s
         self._phase: tuple[str, int, bool, float] = (START, -1, False, time.monotonic())
         self._beats = 0
-        self._neighbours: dict[int, dict[str, Any]] = {}  # rank -> last beat, of those on this machine
+        # Last beat of each other process of this machine, by rank.
+        self._neighbours: dict[int, dict[str, Any]] = {
+            other: {"pid": pid, "phase": START, "step": -1}
+            for other, (host, pid) in enumerate(who)
+            if other != rank and host == who[rank][0]
+        }
         self._over = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -122,6 +127,8 @@ class Watch:
                 self._beat()
                 if self._store.check(["fault"]):
                     fault = json.loads(self._store.get("fault"))
+                    if fault["rank"] == self._rank:
+                        return  # the main thread has just posted it, and says it itself
                     self._leave(fault["code"], fault["message"], fault["rank"], fault["final"], False)
                 if self._stay() > self._allowance(self._phase[0], self._phase[2]):
                     self._report_stall()
@@ -138,12 +145,10 @@ class Watch:
         self._beats += 1
         beat = {
             "beat": self._beats, "phase": phase, "step": step, "waiting": waiting, "for_s": round(self._stay(), 1),
-            "pid": os.getpid(), "host": socket.gethostname(),
+            "pid": os.getpid(), "line": self._line(),
         }  # fmt: skip
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
-        here = socket.gethostname()
-        others = {rank: beat for rank, beat in self._read_beats().items() if rank != self._rank}
-        self._neighbours = {rank: beat for rank, beat in others.items() if beat["host"] == here}
+        self._neighbours |= {rank: beat for rank, beat in self._read_beats().items() if rank in self._neighbours}
 
     def _stay(self) -> float:
         return time.monotonic() - self._phase[3]
@@ -163,8 +168,9 @@ class Watch:
 
     def _report_stall(self) -> None:
         before = self._read_beats()
-        time.sleep(2.5 * INTERVAL_S)
-        self._beat()
+        for _ in range(4):  # beating on: the others may be looking too
+            time.sleep(INTERVAL_S)
+            self._beat()
         now = self._read_beats()
         frozen = [r for r in now if r != self._rank and before.get(r, {}).get("beat") == now[r]["beat"]]
         busy = {r: b for r, b in now.items() if not b["waiting"]} or now
@@ -176,9 +182,8 @@ class Watch:
             beat = now[behind[0]]
             if beat["for_s"] <= self._allowance(beat["phase"], beat["waiting"]):
                 return  # what is waited for may take longer than waiting itself
-            text = f"{_ranks(behind)} stuck for {beat['for_s']:.0f} s in {_words(beat['phase'], beat['step'])}"
-        if behind == [self._rank] and not frozen:
-            text += f" ({self._line()})"
+            where = f"{_words(beat['phase'], beat['step'])} ({beat['line']})"
+            text = f"{_ranks(behind)} stuck for {beat['for_s']:.0f} s in {where}"
         text += "; give the same command again to go on, with a higher engine.timeout_s if that is how long it takes"
         self._leave(7, text, self._rank, False, self.post(7, text, False))
 
