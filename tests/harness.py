@@ -298,13 +298,29 @@ def _serve() -> None:
     for line in sys.stdin:
         message = json.loads(line)
         if "wait" in message:
-            statuses = [os.waitpid(pid, 0)[1] for pid in message["wait"]]
-            print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), file=say, flush=True)
+            print(json.dumps(_wait_as_torchrun(message["wait"])), file=say, flush=True)
             continue
         pids: list[int] = []
         for rank in range(message["start"]["size"]):
             pids.append(_fork(message["start"], rank, pids[0] if pids else None))
         print(json.dumps([pids, pids[0]]), file=say, flush=True)
+
+
+def _wait_as_torchrun(pids: list[int], patience_s: float = 30) -> list[int]:
+    """Exit codes; when one has failed the others have so long, as torchrun's workers have, and are killed then."""
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(pids):
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                deadline = min(deadline, time.monotonic() + patience_s if codes[pid] else deadline)
+        if time.monotonic() > deadline:
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
 
 
 def _fork(message: dict[str, Any], rank: int, group: int | None) -> int:

@@ -130,6 +130,16 @@ def test_three_processes_killed_and_resumed_end_in_the_same_bits(
     assert_whole(out, reference)
 
 
+def test_the_others_of_one_killed_while_they_meet_are_ended_by_torchrun(
+    server: ForkServer, data: Path, tmp_path: Path
+) -> None:
+    """They wait for it at a point where nobody can tell them; the harness ends them as torchrun does."""
+    run = server.start(tiny_overrides(data, tmp_path / "out", **THREE), tmp_path / "log", size=3)
+    kill(run.pids[1])
+    codes = server.wait_all(run)
+    assert codes[1] == -9 and set(codes) <= {-9, 7}, codes
+
+
 def wait_for_step(out: Path, step: int) -> None:
     """Return when a checkpoint of at least this step is there."""
     deadline = time.monotonic() + 60
