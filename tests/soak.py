@@ -130,6 +130,8 @@ class Campaign:
 
     def under_the_launcher(self, whole_s: float) -> None:
         """The real command: torchrun's agent is killed, or a worker, which it then starts again."""
+        outcome = self.out / "outcome.json"
+        outcome.unlink(missing_ok=True)
         with started([self.verb, *self.overrides(self.out), "--nproc", str(self.size)]) as run:
             deadline = time.monotonic() + 60
             while len(run.workers()) < self.size and time.monotonic() < deadline:
@@ -143,11 +145,12 @@ class Campaign:
                 kill(self.rng.choice(list(run.workers().values())))
                 self.counts["workers killed under the launcher"] += 1
             try:
-                code, said, complained = run.end()
+                code, _, complained = run.end()
             except AssertionError as error:
                 self.fault("orphans", str(error))
                 return
-            self.counts["restarts in place"] += said.count("started again:")
+            if outcome.exists():
+                self.counts["restarts in place"] += json.loads(outcome.read_text())["restarts"]
             if code not in (0, 7, -9):
                 self.fault("other faults", f"the launcher ended with {code}: {complained[-1000:]}")
 
