@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
+from core.compiling import Compile
 from core.config import Config
 from core.distributed import Processes, Tensors
 from core.errors import CheckpointError, ConfigError, DistributedError, NumericError, Preempted
@@ -42,6 +43,7 @@ _INEXACT = {
     "processes": ": gradients are summed in another order",
     "micro_batch": ": losses are averaged, and model noise drawn, over other groups of images",
     "parallel": ": gradients are summed in another order",
+    "compiled": ": fused code rounds otherwise",
 }
 
 logger = logging.getLogger("rcmae")
@@ -54,6 +56,7 @@ class EngineConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     parallel: Mode = "ddp"  # how several processes share the gradient; fsdp2 for models that do not fit
     timeout_s: PositiveInt = 300  # longest silence of a process in a step; five times that for loading, saving, start
+    compile: Compile = "auto"  # torch.compile of the transformer blocks; auto: on a GPU
     evaluate_every_steps: PositiveInt = 1000  # probes and pictures; also before the first and after the last step
 
 
@@ -152,6 +155,9 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
                     counts = flags.read(progress.step)
                 _check(counts, progress, skipped_before, saved_step)
                 meter.update(progress.step, figures)
+                observed = task.observe(progress.step - 1)
+                if observed and run.log is not None:
+                    run.log.metrics(progress.step, observed)
                 if progress.step % run.config.evaluate_every_steps == 0 or progress.step == run.plan.total_steps:
                     with meter.paused():
                         _evaluate(task, run, progress.step)
@@ -342,8 +348,9 @@ def _check(counts: Counts, progress: Progress, skipped_before: int, saved_step: 
 
 def _evaluate(task: Task, run: Fit, step: int) -> None:
     run.processes.enter(EVALUATING, step)
-    figures = task.evaluate(step)
-    pictures = task.pictures(step)
+    with torch.compiler.set_stance("force_eager"):  # shapes of evaluations are not worth compiling
+        figures = task.evaluate(step)
+        pictures = task.pictures(step)
     if run.log is None:
         return
     if figures:

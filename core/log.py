@@ -18,6 +18,7 @@ from rich.table import Column
 
 from core.config import Config
 from core.files import replace_file
+from core.plots import plot
 
 logger = logging.getLogger("rcmae")
 
@@ -186,31 +187,25 @@ def _step_of(line: str) -> float:
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
     """Draw every figure of metrics.jsonl over the step, one panel per figure, into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = dict.fromkeys(name for row in rows for name in row if name not in {"step", "epoch"})
-    names = sorted(found, key=lambda name: _PANEL_ORDER.index(name.partition("/")[0]))  # stable within an area
+    areas = {name: name.partition("/")[0] for row in rows for name in row}
+    found = [name for name, area in areas.items() if area in _PANEL_ORDER]  # others have a picture of their own
+    names = sorted(found, key=lambda name: _PANEL_ORDER.index(areas[name]))  # stable within an area
     columns = min(3, max(1, len(names)))
     lines = -(-len(names) // columns) or 1
-    figure = Figure(figsize=(4.6 * columns, 0.5 + 2.7 * lines))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
-    for i, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        axes = figure.add_subplot(lines, columns, i + 1)
-        axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 30 else None)
-        if name.startswith("speed/"):
-            axes.set_ylim(0, 1.1 * max(value for _, value in points) + 1e-9)
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        if i >= len(names) - columns:
-            axes.set_xlabel("optimizer step", fontsize=8)
-    # By hand: matplotlib's own layout takes longer than a short run.
-    figure.subplots_adjust(
-        left=0.05, right=0.98, top=1 - 0.7 / (0.5 + 2.7 * lines), bottom=0.15 / lines, hspace=0.35, wspace=0.2
-    )
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.rename(path)
+    height = 0.5 + 2.7 * lines
+    with plot(path, (4.6 * columns, height), title) as figure:
+        for i, name in enumerate(names):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axes = figure.add_subplot(lines, columns, i + 1)
+            axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 30 else None)
+            if name.startswith("speed/"):
+                axes.set_ylim(0, 1.1 * max(value for _, value in points) + 1e-9)
+            axes.set_title(name, fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+            if i >= len(names) - columns:
+                axes.set_xlabel("optimizer step", fontsize=8)
+        # By hand: matplotlib's own layout takes longer than a short run.
+        figure.subplots_adjust(
+            left=0.05, right=0.98, top=1 - 0.7 / height, bottom=0.15 / lines, hspace=0.35, wspace=0.2
+        )

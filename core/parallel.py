@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from core.compiling import blocks
 from core.distributed import Processes, Tensors
 from core.task import Place, Task
 
@@ -86,14 +87,14 @@ class _Losses(nn.Module):
 def _shard(module: nn.Module, mesh: Any) -> list[FSDPModule]:
     # What a network returns is a view; nothing of ours writes into it, which is all that the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    blocks = [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
-    for block in blocks:
+    inner = blocks(module)
+    for block in inner:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)  # a teacher has no backward pass that would
     for name in ENTRANCES:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
-    return [part for part in (*blocks, module) if isinstance(part, FSDPModule)]
+    return [part for part in (*inner, module) if isinstance(part, FSDPModule)]
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class Task(Protocol):
     def after_update(self, step: int, finite: Tensor) -> None:
         """Follow an optimizer update (EMA); where the 0-dim bool `finite` is False, change nothing."""
 
+    def observe(self, step: int) -> dict[str, float]:
+        """Figures of the step just done, for a row of their own in the log; none for most. Every process calls it."""
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Figures that need a pass over other data; called by every process, and the same on each."""
 

@@ -1,4 +1,4 @@
-"""The k-NN probe of a pretraining run: what its frozen features are worth on a small labelled set."""
+"""The probes of a pretraining run, k-NN and linear: what its frozen features are worth on a small labelled set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from core.datasets import ImageSource, labelled_pair
 from core.distributed import Processes
 from core.engine import autocast
 from core.knn import knn_classify, topk_accuracy_pct
+from core.linear_probe import linear_classify
 from core.loader import EvalImages, eval_loader, in_order
 from core.transforms import normalize, resize_center_crop
 from core.vit import ViT
@@ -44,7 +45,7 @@ class EvalTransform:
 
 
 @dataclass(frozen=True)
-class KNNProbe:
+class Probe:
     """Call it with an encoder to get its figures."""
 
     config: ProbeConfig
@@ -59,14 +60,17 @@ class KNNProbe:
     processes: Processes
 
     def __call__(self, encoder: ViT) -> dict[str, float]:
-        """`probe/knn_top1_pct` and `probe/knn_top5_pct` of the encoder's features."""
+        """Top-1 and top-5 percent of k-NN, and top-1 of a linear classifier, on the encoder's features."""
         features, labels = self._features(encoder, self.train)
         queries, truth = self._features(encoder, self.test)
+        classes = len(self.train.classes)
         scores = knn_classify(
-            features, labels, queries,
-            num_classes=len(self.train.classes), k=self.config.k, temperature=self.config.temperature,
-        )  # fmt: skip
-        return {f"probe/knn_top{k}_pct": topk_accuracy_pct(scores, truth, k) for k in (1, 5)}
+            features, labels, queries, num_classes=classes, k=self.config.k, temperature=self.config.temperature
+        )
+        linear = linear_classify(features, labels, queries, num_classes=classes)
+        return {f"probe/knn_top{k}_pct": topk_accuracy_pct(scores, truth, k) for k in (1, 5)} | {
+            "probe/linear_top1_pct": topk_accuracy_pct(linear, truth, 1)
+        }
 
     @torch.no_grad()
     def _features(self, encoder: ViT, source: ImageSource) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from core.task import Place
 from core.transforms import normalize
 from core.vit import gather_patches, patchify
 from pretrain.data import PretrainBatch
+from pretrain.dynamics import Dynamics
 from pretrain.mae import MaskedAutoencoder, random_masking, reconstruction_target
 
 
@@ -53,15 +54,17 @@ class RCMAETask:
         method: Method,
         probe: Callable[[MaskedAutoencoder], dict[str, float]] | None = None,
         draw: Callable[[MaskedAutoencoder, MaskedAutoencoder | None], np.ndarray] | None = None,
+        dynamics: Dynamics | None = None,
     ) -> None:
         """Tie a student to a teacher of the same sizes (None for MAE). The teacher starts as a copy of the student.
 
         Args:
             probe: figures from the branch that would be exported.
             draw: a picture of reconstructions.
+            dynamics: measures what the teacher does.
         """
         self.student, self.teacher, self.method = student, teacher, method
-        self._probe, self._draw = probe, draw
+        self._probe, self._draw, self._dynamics = probe, draw, dynamics
         if teacher is not None:
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
@@ -71,6 +74,11 @@ class RCMAETask:
         if self.method.teacher.update == "micro_batch" and at.turn > 0:
             # The released code also averages after each micro-batch that does not step the optimizer.
             self._update_teacher(at.step, torch.ones((), dtype=torch.bool, device=batch.images.device))
+        if self._dynamics is not None:
+            self._dynamics.note(at, lambda: self._losses(batch))
+        return self._losses(batch)
+
+    def _losses(self, batch: PretrainBatch) -> dict[str, Tensor]:
         dtype = self.student.mask_token.dtype
         images = normalize(batch.images, self.method.mean, self.method.std, dtype)
         patches = patchify(images, self.student.config.patch_size)  # [B, L, V]
@@ -112,6 +120,10 @@ class RCMAETask:
         if self.method.teacher.schedule == "constant":
             return self.method.momentum
         return cosine_momentum(step, momentum=self.method.momentum, total_steps=self.method.total_steps)
+
+    def observe(self, step: int) -> dict[str, float]:
+        """What the teacher did, where that is measured."""
+        return self._dynamics.figures(step) if self._dynamics is not None else {}
 
     @property
     def exported(self) -> MaskedAutoencoder:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from core.compiling import compile_blocks, compiles
 from core.config import config_hash
 from core.datasets import TRAIN_NAMES, ImageSource, open_images, pick_split
 from core.distributed import Planned, Processes, joined
@@ -28,8 +29,9 @@ from core.streams import ShardStream, expand_urls, is_stream
 from core.worker import earlier_faults, note_run
 from pretrain.cost import checkpoint_bytes
 from pretrain.data import PrepareSample, collate
+from pretrain.dynamics import Dynamics, draw_dynamics
 from pretrain.mae import MaskedAutoencoder
-from pretrain.probe import KNNProbe, open_probe_sets
+from pretrain.probe import Probe, open_probe_sets
 from pretrain.rc_mae import Method, RCMAETask
 from pretrain.reconstructions import Reconstructions, choose_images, fixed_noise
 from pretrain.settings import HARMLESS_KEYS, PretrainConfig, Setting, header, settle
@@ -151,6 +153,10 @@ def _run(
     _check_same_data(config.data, checkpoint, info["data"])
     processes.on_main(lambda: _open_log(setting, checkpoint, writer))
     task = build_task(setting, processes)
+    compiled = compiles(config.engine.compile, setting.device)
+    if compiled:
+        compile_blocks(task)
+        info["compiled"] = True
     parallel = Parallel(task, config.engine.parallel, processes)
     run = Fit(
         plan=plan,
@@ -199,8 +205,15 @@ def build_task(setting: Setting, processes: Processes) -> RCMAETask:
     teacher = None
     if config.method == "rc_mae":
         teacher = MaskedAutoencoder(setting.vit, setting.decoder).to(setting.device)
-    method = _method(config, setting.plan.total_steps)
-    return RCMAETask(student, teacher, method, _build_probe(setting, processes), _build_pictures(setting))
+    every = config.dynamics.every_steps
+    return RCMAETask(
+        student,
+        teacher,
+        _method(config, setting.plan.total_steps),
+        _build_probe(setting, processes),
+        _build_pictures(setting),
+        Dynamics(every, student, teacher, processes) if every else None,
+    )
 
 
 def _method(config: PretrainConfig, total_steps: int) -> Method:
@@ -216,7 +229,7 @@ def _method(config: PretrainConfig, total_steps: int) -> Method:
     )
 
 
-def _build_probe(setting: Setting, processes: Processes) -> KNNProbe | None:
+def _build_probe(setting: Setting, processes: Processes) -> Probe | None:
     config = setting.config
     if config.probe.data is None:
         return None
@@ -228,7 +241,7 @@ def _build_probe(setting: Setting, processes: Processes) -> KNNProbe | None:
         len(test),
         len(train.classes),
     )
-    return KNNProbe(
+    return Probe(
         config.probe, train, test, config.mean, config.std, setting.device, config.engine.precision,
         setting.num_workers, config.loader.timeout_s, processes,
     )  # fmt: skip
@@ -306,6 +319,8 @@ def _finish(setting: Setting, feed: Feed, progress: Progress, writer: Writer | N
     rows = read_metrics(directory.path / "metrics.jsonl")
     if config.log.curves:
         draw_curves(rows, directory.path / "curves.png", f"{directory.path.name}: {config.method}")
+    if config.dynamics.every_steps:
+        draw_dynamics(rows, directory.path / "dynamics.png", f"{directory.path.name}: {config.method}")
     figures: dict[str, float] = {}
     for row in rows:
         figures |= {key: value for key, value in row.items() if value is not None}

@@ -23,6 +23,7 @@ from core.streams import is_stream
 from core.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from core.vit import ViTConfig
 from pretrain.cost import activation_bytes, checkpoint_bytes, fixed_bytes, num_parameters, step_flops
+from pretrain.dynamics import DynamicsConfig
 from pretrain.mae import DecoderConfig, num_kept
 from pretrain.presets import DECODERS, ENCODERS
 from pretrain.probe import ProbeConfig
@@ -34,7 +35,7 @@ PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
 HARMLESS_KEYS = (
     "data", "out", "cache", "device", "log", "checkpoint", "loader.num_workers", "loader.timeout_s",
     "loader.max_broken_share", "engine.evaluate_every_steps", "engine.parallel", "engine.timeout_s", "probe",
-    "picture_images",
+    "engine.compile", "dynamics", "picture_images",
 )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ class PretrainConfig(Config):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
     log: LogConfig = LogConfig()
 
     def contradictions(self) -> Iterator[str]:
@@ -106,6 +108,8 @@ class PretrainConfig(Config):
             yield f"engine.accumulation={accumulation}: does not divide batch_size={self.batch_size}"
         if self.teacher.update == "micro_batch" and not accumulation:
             yield "teacher.update=micro_batch: needs engine.accumulation, which is part of the method then"
+        if self.dynamics.every_steps and self.engine.parallel == "fsdp2":
+            yield "dynamics.every_steps and engine.parallel=fsdp2: it compares whole gradients; use engine.parallel=ddp"
         if is_stream(self.data) and not self.loader.stream_images:
             yield "loader.stream_images: needed with shard URLs, whose images cannot be counted beforehand"
         faults: list[str] = []

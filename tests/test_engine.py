@@ -54,6 +54,9 @@ class Toy:
             for a, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 a.lerp_(p, finite.to(a.dtype) * 0.1)
 
+    def observe(self, step: int) -> dict[str, float]:
+        return {}
+
     def evaluate(self, step: int) -> dict[str, float]:
         self.evaluated.append(step)
         return {}

@@ -92,6 +92,105 @@ def convert(
     print("\n".join(convert_checkpoint(source, out, branch, num_heads)))
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Time this suite beside a plain baseline, in turn, in one process.")
+app.add_typer(bench_app, name="bench")
+dynamics_app = typer.Typer(no_args_is_help=True, help="What the teacher does.")
+app.add_typer(dynamics_app, name="dynamics")
+
+Rounds = Annotated[int, typer.Option(min=1, help="Times that each contestant runs.")]
+Workers = Annotated[int, typer.Option(min=0, help="Loader workers.")]
+Cache = Annotated[Path, typer.Option(help="Where compressed archives are unpacked.")]
+DEFAULT_CACHE = Path("~/.cache/rcmae")
+
+
+@bench_app.command("pretrain")
+def bench_pretrain(
+    settings: Settings = None,
+    batch_sizes: Annotated[str, typer.Option(metavar="N[,N...]", help="Images per step, each tried.")] = "16",
+    rounds: Rounds = 5,
+) -> None:
+    """Whole RC-MAE steps beside the published step; the default is ViT-S/16 at 224 px.
+
+    Example: rcmae bench pretrain model=base --batch-sizes 256,512
+    """
+    from tools.bench import bench_pretrain as run
+
+    path, overrides = _split(settings or [])
+    run(path, overrides, _numbers("--batch-sizes", batch_sizes, least=1), rounds)
+
+
+@bench_app.command("loader")
+def bench_loader(
+    data: Annotated[str, typer.Argument(help="Folder or tar of images.")],
+    img_size: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 224,
+    num_workers: Workers = 1,
+    rounds: Rounds = 5,
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Reading, decoding and cropping beside PIL with torchvision's transforms."""
+    from tools.bench_data import bench_loader as run
+
+    run(data, img_size, num_workers, rounds, cache.expanduser())
+
+
+@bench_app.command("feed")
+def bench_feed(
+    settings: Settings = None,
+    num_workers: Workers = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long it takes.")] = 60,
+) -> None:
+    """Training steps fed from disk beside the same steps on a batch in place; needs data=..."""
+    from tools.bench_data import bench_feed as run
+
+    run(*_split(settings or []), num_workers, seconds)
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    data: Annotated[str | None, typer.Argument(help="Photographs for the loader; drawn where none are given.")] = None,
+    work: Annotated[Path, typer.Option(help="Where they are drawn.")] = Path("runs/bench"),
+) -> None:
+    """Every GPU row of docs/benchmarks.md in under ten minutes."""
+    from tools.bench_data import bench_gpu as run
+
+    run(data, work)
+
+
+@app.command()
+def compare(
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Where the runs and the comparison go.")] = Path("runs/compare"),
+    seeds: Annotated[str, typer.Option(metavar="N[,N...]", help="Seeds of each method.")] = "0,1",
+    methods: Annotated[str, typer.Option(help="Any of rc_mae, rc_mae_own_mask, mae.")] = "rc_mae,rc_mae_own_mask,mae",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the cores.")] = 1,
+) -> None:
+    """RC-MAE, RC-MAE with a mask of the teacher's own, and MAE over seeds: what their features are worth, on one plot.
+
+    Example: rcmae compare configs/pretrain/cifar10_tiny.yaml data=cifar10.tgz probe.data=cifar10.tgz --jobs 2
+    """
+    from tools.compare import METHODS
+    from tools.compare import compare as run
+
+    path, overrides = _split(settings or [])
+    if path is None:
+        raise ConfigError("compare: needs a recipe, as in rcmae compare configs/pretrain/cifar10_tiny.yaml data=...")
+    chosen = methods.split(",")
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"--methods {shown(unknown[0])}: expected any of {', '.join(METHODS)}")
+    run(path, overrides, out, _numbers("--seeds", seeds, least=0), chosen, jobs)
+
+
+@dynamics_app.command("linear")
+def dynamics_linear(
+    out: Annotated[Path, typer.Option(help="The picture to draw.")] = Path("runs/dynamics_linear.png"),
+) -> None:
+    """Check the identities of the linear model, and draw how the teacher's correction depends on feature similarity."""
+    from tools.dynamics import check_and_draw
+
+    check_and_draw(out)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to draw the small world and train on it.")] = Path("runs/demo"),
@@ -107,6 +206,13 @@ def _split(settings: list[str]) -> tuple[Path | None, list[str]]:
     if len(paths) > 1:
         raise ConfigError(f"command line: {shown(paths[1])}: expected one CONFIG.yaml, then key=value")
     return (Path(paths[0]) if paths else None), [text for text in settings if "=" in text]
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if min(numbers) < least:
+        raise ConfigError(f"{option} {shown(text)}: expected whole numbers from {least}, as in 1,2")
+    return numbers
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ Letters: B batch, L patches, K kept, D encoder width, E decoder width, V values 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.vit import ViTConfig, sincos_pos_embed
@@ -18,11 +19,11 @@ from pretrain.mae import DecoderConfig
 
 
 class PlainAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, with the scores in memory."""
+    """softmax(q k^T / sqrt(d)) v, with the scores in memory unless `fused`."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, fused: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.fused = num_heads, fused
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -31,6 +32,9 @@ class PlainAttention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+            return self.proj(out.transpose(1, 2).reshape(B, N, D))
         scores = (q @ k.transpose(-2, -1)) * (D // self.num_heads) ** -0.5  # [B, heads, N, N]
         return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, N, D))
 
@@ -52,10 +56,10 @@ class PlainMlp(nn.Module):
 class PlainBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, fused: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = PlainAttention(dim, num_heads)
+        self.attn = PlainAttention(dim, num_heads, fused)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = PlainMlp(dim, int(dim * mlp_ratio))
 
@@ -75,20 +79,26 @@ class _PlainPatchEmbed(nn.Module):
 
 
 class PlainMAE(nn.Module):
-    """Masked autoencoder that predicts every patch; loads the same state dict as `MaskedAutoencoder`."""
+    """Masked autoencoder that predicts every patch; loads the same state dict as `MaskedAutoencoder`.
 
-    def __init__(self, vit: ViTConfig, decoder: DecoderConfig) -> None:
+    `fused_attention` alone is not the published work: a benchmark shows with it what that one change brings.
+    """
+
+    def __init__(self, vit: ViTConfig, decoder: DecoderConfig, fused_attention: bool = False) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(vit.embed_dim, vit.grid), requires_grad=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder.embed_dim, vit.grid), requires_grad=False)
         self.patch_embed = _PlainPatchEmbed(vit)
-        self.blocks = nn.ModuleList(PlainBlock(vit.embed_dim, vit.num_heads, vit.mlp_ratio) for _ in range(vit.depth))
+        self.blocks = nn.ModuleList(
+            PlainBlock(vit.embed_dim, vit.num_heads, vit.mlp_ratio, fused_attention) for _ in range(vit.depth)
+        )
         self.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(vit.embed_dim, decoder.embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            PlainBlock(decoder.embed_dim, decoder.num_heads, vit.mlp_ratio) for _ in range(decoder.depth)
+            PlainBlock(decoder.embed_dim, decoder.num_heads, vit.mlp_ratio, fused_attention)
+            for _ in range(decoder.depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder.embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder.embed_dim, vit.patch_values)
