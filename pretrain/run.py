@@ -21,7 +21,7 @@ from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import EpochOrder, Feed, StreamedImages, TrainingImages, image_loader, stream_loader
 from core.log import RunLog, console_logging, draw_curves, read_metrics
-from core.machine import code_digest, environment, git_commit, seed_everything
+from core.machine import code_digest, environment, git_commit, keep_freed_memory, seed_everything
 from core.optim import adamw, decay_groups, warmup_cosine
 from core.parallel import Parallel
 from core.run_directory import RunDirectory
@@ -147,6 +147,7 @@ def _run(
 ) -> dict[str, Any]:
     config, plan = setting.config, setting.plan
     seed_everything(config.seed)
+    keep_freed_memory()
     for line in header(setting):
         logger.info("%s", line)
     info = _info(setting)
