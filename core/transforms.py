@@ -73,6 +73,9 @@ def resize_center_crop(image: Tensor, size: tuple[int, int], crop_ratio: float) 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """uint8 images [B, C, H, W] to (image / 255 - mean) / std in `dtype`, on the images' device."""
-    shift = torch.tensor(mean, dtype=dtype, device=images.device).view(-1, 1, 1)
-    scale = torch.tensor(std, dtype=dtype, device=images.device).view(-1, 1, 1)
+    # Filled on the device: a tensor copied there from the host's ordinary memory would wait for all that is queued.
+    shift, scale = (
+        torch.stack([torch.full((1, 1), value, dtype=dtype, device=images.device) for value in values])
+        for values in (mean, std)
+    )  # each [C, 1, 1]
     return (images.to(dtype) / 255 - shift) / scale

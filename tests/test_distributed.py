@@ -49,6 +49,19 @@ def test_two_and_three_processes_train_as_one_that_accumulates(
         np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-5)
 
 
+def test_what_the_teacher_does_is_measured_over_all_processes(server: ForkServer, data: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        out, log = tmp_path / str(size), tmp_path / f"log{size}"
+        overrides = tiny_overrides(data, out, **THREE, engine__accumulation=2 // size, dynamics__every_steps=4)
+        assert server.run(overrides, log, size=size) == 0, log.read_text()
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found.append([row for row in rows if "dynamics/teacher_distance" in row])
+    assert [row["step"] for row in found[0]] == [4, 8, 12]
+    for one, two in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-3) and len(one) == 8
+
+
 def test_model_noise_does_not_depend_on_the_process() -> None:
     from core.task import Place
 
@@ -107,7 +120,7 @@ def test_the_probe_of_three_processes_gives_the_figures_of_one(server: ForkServe
         assert server.run(overrides, log, size=size) == 0, log.read_text()
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         found.append({key: value for key, value in first.items() if key.startswith("probe/")})
-    assert found[0] == found[1] and len(found[0]) == 2
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 @pytest.mark.parametrize(("mode", "rank"), [("ddp", 0), ("ddp", 2), ("fsdp2", 1)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.checkpoint import CheckpointConfig, CheckpointStore
+from core.config import load_config
 from core.distributed import Processes
 from core.engine import EngineConfig, Fit, Plan, autocast, choose_accumulation, fit, train_step
 from core.errors import ConfigError, NumericError, Preempted
@@ -24,6 +25,9 @@ from core.log import LogConfig, RunLog
 from core.optim import OptimConfig, adamw, decay_groups
 from core.parallel import Parallel
 from core.task import Place
+from pretrain.settings import PretrainConfig
+from tests.tiny import tiny_overrides
+from tools.bench import random_batch, suite_run
 
 
 class Toy:
@@ -240,6 +244,20 @@ def test_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
         figures = train_step(task, [batch, batch], run, 0, flags)
         with pytest.raises(AssertionError, match="host sync"):
             float(figures["loss"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_pretraining_step_never_waits_for_the_gpu() -> None:
+    config = load_config(PretrainConfig, None, [*tiny_overrides(Path("none"), Path("none")), "device=cuda"])
+    device = torch.device("cuda")
+    task, run = suite_run(config, device, 4, compiled=False)
+    batch, flags = random_batch(config, device, 4), FlagReader(device)
+    train_step(task, [batch, batch], run, 0, flags)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(task, [batch, batch], run, 1, flags)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_flags_are_read_late_and_only_as_far_as_was_asked_for() -> None:

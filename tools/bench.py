@@ -81,6 +81,7 @@ def bench_pretrain(path: Path | None, overrides: list[str], batch_sizes: Sequenc
         rows += found
         for row in found:
             row.step = nothing  # lets go of its networks
+        torch.compiler.reset()  # a shape of another batch size would count against the number of its recompilations
         gc.collect()
     flops = step_flops(config.vit_config(), config.decoder_config(), config.mask_ratio, with_teacher=True)
     _report_pretrain(config, device, rows, flops)

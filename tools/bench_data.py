@@ -170,8 +170,8 @@ def draw_photographs(folder: Path, count: int = 2048, size: tuple[int, int] = (5
 def bench_gpu(data: str | None, work: Path) -> None:
     """Every GPU row of docs/benchmarks.md in one call of under ten minutes."""
     choose_device("cuda")
-    bench_pretrain(None, ["model=base"], (256, 512, 1024), rounds=3)
-    bench_pretrain(None, ["model=large"], (128, 256, 512), rounds=2)
+    bench_pretrain(None, ["model=base"], (256, 512), rounds=2)
+    bench_pretrain(None, ["model=large"], (256,), rounds=2)
     photographs = data or str(draw_photographs(work / "photographs"))
     bench_loader(photographs, 224, 16, rounds=3, cache=work / "cache")
     feeding = [f"data={photographs}", f"cache={work / 'cache'}", "model=base", "batch_size=512"]
