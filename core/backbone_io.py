@@ -8,6 +8,7 @@ it cannot explain it refuses.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -164,6 +165,24 @@ def load_backbone(
     vit = ViT(target)
     vit.load_state_dict({**vit.state_dict(), **{key: state[key].float() for key in loaded}})
     return vit, LoadReport(layout, loaded, resized, new, ignored)
+
+
+def stored_normalization(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel that a backbone directory names; ImageNet's for anything else."""
+    try:
+        stored = json.loads((path / CONFIG).read_bytes())["pretrained_cfg"]
+        mean, std = (tuple(float(value) for value in stored[key]) for key in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return IMAGENET_MEAN, IMAGENET_STD
+    return mean, std
+
+
+def weights_digest(vit: ViT) -> str:
+    """Twelve hexadecimal digits of all weights: the same backbone, wherever its file lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vit.state_dict().items()):
+        digest.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def read_weights(path: Path) -> Any:

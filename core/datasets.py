@@ -5,6 +5,7 @@ indexed once and then read like a folder; a compressed tar is unpacked once, to 
 is ever written under a name of its own choosing. Shards behind URLs are in `core/streams.py`.
 """
 
+import difflib
 import gzip
 import hashlib
 import io
@@ -127,23 +128,97 @@ def pick_split(source: ImageSource, names: tuple[str, ...]) -> ImageSource | Non
     return _with_classes(replace(split, origin=f"{source.origin} ({found})"))
 
 
-def labelled_pair(data: str, cache: Path) -> tuple[ImageSource, ImageSource]:
+def labelled_pair(
+    data: str, cache: Path, test_data: str | None = None, test_labels: Path | None = None
+) -> tuple[ImageSource, ImageSource]:
     """Two labelled sources, to learn from and to test on: train/ and val/, or 4/5 and 1/5 of one ImageFolder.
 
+    Args:
+        test_data: another place for the images to test on.
+        test_labels: a file that labels them, where they lie flat: lines `NAME CLASS`, or `NAME NUMBER` with the number
+            of the class in sorted order, from 0.
     Raises: DataError where there are no labels, or the two have other classes.
     """
     whole = open_images(data, cache)
     train, test = pick_split(whole, TRAIN_NAMES), pick_split(whole, VAL_NAMES)
-    if train is None or test is None:
+    if test_data is not None:
+        train, other = train or whole, open_images(test_data, cache)
+        test = pick_split(other, VAL_NAMES) or other
+    elif train is None or test is None:
         chosen = np.arange(len(whole)) % 5 == 0
         train, test = whole.subset(np.flatnonzero(~chosen)), whole.subset(np.flatnonzero(chosen))
-    if train.labels is None or test.labels is None or len(train.classes) < 2:
+    if train.labels is None or len(train.classes) < 2:
         layout = "train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
         raise DataError(f"{shown(data)}: no class folders; a labelled set is an ImageFolder, {layout}")
+    if test_labels is not None:
+        test = labelled_by_file(test, test_labels, train.classes)
+    if test.labels is None:
+        raise DataError(
+            f"{shown(test.origin)}: images without class folders; give test_labels=FILE with lines `NAME CLASS`, or "
+            "move each image into the folder of its class"
+        )
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[:3]
         raise DataError(f"{shown(data)}: train and val have other classes: {', '.join(map(shown, odd))}")
     return train, test
+
+
+def matched(source: ImageSource, classes: tuple[str, ...], whose: str) -> ImageSource:
+    """A labelled source with its labels counted as another list of classes counts them, by name.
+
+    Args:
+        whose: what the list belongs to, for messages.
+    Raises: DataError for images without labels, or a class that is not in the list.
+    """
+    if source.labels is None:
+        raise DataError(f"{shown(source.origin)}: no class folders; expected CLASS/*.jpg with the classes of {whose}")
+    numbers = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in source.classes if name not in numbers]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], classes, n=1)
+        hint = f"; did you mean {shown(close[0])}?" if close else f", as {shown(classes[0])} is"
+        raise DataError(
+            f"{shown(source.origin)}: {len(unknown)} class folders, {shown(unknown[0])} first, are no classes of "
+            f"{whose}{hint}"
+        )
+    table = np.array([numbers[name] for name in source.classes], dtype=np.int64)
+    return replace(source, labels=table[source.labels], classes=classes)
+
+
+def labelled_by_file(source: ImageSource, path: Path, classes: tuple[str, ...]) -> ImageSource:
+    """The images with the labels of a file, `NAME CLASS` or `NAME NUMBER` per line; names without their folders.
+
+    Raises: DataError for a line that is neither, an unknown class, an image without a line; and for ImageNet's own
+        ground truth, numbers alone, which count the classes in another order.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"{shown(path)}: {reason}; expected lines `NAME CLASS`") from None
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels: dict[str, int] = {}
+    for place, line in enumerate(filter(str.strip, lines), 1):
+        words = line.split()
+        if len(words) == 1 and words[0].isdecimal():
+            raise DataError(
+                f"{shown(path)}:{place}: a number alone; the development kit of ImageNet counts classes in an order of "
+                "its own: give lines `NAME CLASS` with the class's folder name (wnid)"
+            )
+        label = numbers.get(words[1]) if len(words) == 2 else None
+        if label is None and len(words) == 2 and words[1].isdecimal() and int(words[1]) < len(classes):
+            label = int(words[1])
+        if label is None:
+            raise DataError(
+                f"{shown(path)}:{place}: {shown(line)[:80]}: expected `NAME CLASS` with one of the {len(classes)} "
+                f"classes, as {shown(classes[0])}"
+            )
+        labels[words[0]] = label
+    found = [labels.get(os.path.split(os.fsdecode(name))[1]) for name in source.names]
+    missing = next((i for i, label in enumerate(found) if label is None), None)
+    if missing is not None:
+        raise DataError(f"{shown(path)}: no line for {source.name(missing)}; every image needs a label")
+    return replace(source, labels=np.array(found, dtype=np.int64), classes=classes)
 
 
 def _tar_paths(data: str, cache: Path) -> list[Path]:

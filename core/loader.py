@@ -59,7 +59,8 @@ class Loaded(NamedTuple):
     shard: int  # position of the shard it came from; 0 for files
 
 
-Prepare = Callable[[Tensor, np.random.Generator], Any]  # decoded image, draws of this sample -> sample
+# decoded image, draws of this sample, index of the image in its source (-1 in a stream) -> sample
+Prepare = Callable[[Tensor, np.random.Generator, int], Any]
 Collate = Callable[[Sequence[Any]], Any]  # samples -> batch
 
 
@@ -117,7 +118,7 @@ class TrainingImages(Dataset):
         for _ in range(MAX_TRIES):
             try:
                 image = read_image(self.source, index, self.channels, self.max_pixels)
-                return self.prepare(image, sample_rng(self.seed, *key)), tuple(broken)
+                return self.prepare(image, sample_rng(self.seed, *key), index), tuple(broken)
             except BadImage as error:
                 broken.append(Broken(self.source.name(index), str(error)))
                 index = int(replacements.integers(len(self.source)))
@@ -158,7 +159,7 @@ class StreamedImages(IterableDataset):
                 continue
             in_a_row = 0
             rng = sample_rng(self.seed, shard, zlib.crc32(name.encode("utf-8", "replace")))
-            samples.append(self.prepare(image, rng))
+            samples.append(self.prepare(image, rng, -1))
             if len(samples) == self.micro_batch:
                 yield Loaded(self.collate(samples), tuple(broken), shard)
                 samples, broken = [], []

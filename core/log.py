@@ -22,7 +22,7 @@ from core.plots import plot
 
 logger = logging.getLogger("rcmae")
 
-_PANEL_ORDER = ("train", "probe", "speed")  # areas of metric names, in the order in which curves are drawn
+_PANEL_ORDER = ("train", "probe", "eval", "speed")  # areas of metric names, in the order in which curves are drawn
 
 
 class LogConfig(Config):

@@ -55,6 +55,80 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
+def layer_decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], depth: int, layer_decay: float, weight_decay: float
+) -> list[dict]:
+    """Groups of a ViT with a head for layer-wise rate decay: each has its `lr_scale` and weight decay.
+
+    Class token, position table and patch embedding are layer 0, block i is layer i + 1, everything after is layer
+    depth + 1; the scale is layer_decay ** (depth + 1 - layer). 1-D tensors, class token and position table do not
+    decay. Source: the published fine-tuning of MAE; spec classify section 2.2.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, depth)
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
+        group = groups.setdefault((layer, decays), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Which layer a parameter of a ViT of so many blocks counts to: 0 is the embedding, depth + 1 what follows."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose matrices take steps in proportion to their own norm; biases take plain ones.
+
+    For a tensor of more than one axis: g = g + weight_decay * p, then g = g * trust * |p| / |g| (1 where a norm is 0).
+    Then buf = momentum * buf + g and p = p - lr * buf. Like the fused AdamW it leaves everything untouched where the
+    0-dim attribute `found_inf` is not 0, decided on the device. Source: You et al., arXiv:1708.03888, as in the
+    published linear probe of MAE (spec classify section 3), which timm's Lars is not.
+    """
+
+    def __init__(
+        self, params: Iterable, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict) -> None:
+        gradient = parameter.grad
+        assert gradient is not None, "only parameters with a gradient are updated"
+        if parameter.ndim > 1:
+            gradient = gradient + group["weight_decay"] * parameter
+            sizes, steps = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(gradient)
+            ratio = group["trust"] * sizes / steps
+            gradient = gradient * torch.where((sizes > 0) & (steps > 0), ratio, torch.ones_like(ratio))
+        state = self.state[parameter]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+        moved = group["momentum"] * buffer + gradient
+        if self.found_inf is not None:
+            moved = torch.where(self.found_inf == 0, moved, buffer)
+        step = group["lr"] * moved if self.found_inf is None else group["lr"] * moved * (self.found_inf == 0)
+        buffer.copy_(moved)
+        parameter.sub_(step)
+
+
 def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW. Its `found_inf` input lets a non-finite step be suppressed on the device, without a host sync."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)

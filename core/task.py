@@ -28,6 +28,10 @@ class Place:
         key = np.random.SeedSequence((seed, self.step, self.index)).generate_state(1, np.uint64)
         return torch.Generator(device).manual_seed(int(key[0] >> 1))
 
+    def rng(self, seed: int) -> np.random.Generator:
+        """The same for a few numbers that are drawn on the host (mixup's ratio)."""
+        return np.random.default_rng((seed, self.step, self.index))
+
 
 class Task(Protocol):
     """What is trained. The engine knows nothing else about it."""

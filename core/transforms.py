@@ -1,6 +1,8 @@
 """Crops, flips and normalisation: random ones on uint8 tensors in the loader's workers, published ones through PIL."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+DrawBox = Callable[[tuple[int, int], "AugmentConfig", np.random.Generator], Box]  # of an image of (height, width)
 
 
 class AugmentConfig(Config):
@@ -25,9 +28,19 @@ class AugmentConfig(Config):
     flip_ratio: float = Field(0.5, ge=0, le=1)  # share of images mirrored
 
 
-def random_crop_flip(image: Tensor, size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    """Random resized crop (bicubic, antialiased) and flip of a uint8 image [C, H, W] to [C, *size], drawn from rng."""
-    top, left, height, width = random_crop_box((image.shape[-2], image.shape[-1]), config, rng)
+def random_crop_flip(
+    image: Tensor,
+    size: tuple[int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    draw_box: DrawBox | None = None,
+) -> Tensor:
+    """Random resized crop (bicubic, antialiased) and flip of a uint8 image [C, H, W] to [C, *size], drawn from rng.
+
+    Args:
+        draw_box: which part is cut out; None: `random_crop_box`.
+    """
+    top, left, height, width = (draw_box or random_crop_box)((image.shape[-2], image.shape[-1]), config, rng)
     crop = image[:, top : top + height, left : left + width]
     crop = VF.resize(crop, list(size), interpolation=VF.InterpolationMode.BICUBIC, antialias=True)  # [C, *size]
     return crop.flip(-1) if rng.random() < config.flip_ratio else crop
@@ -69,6 +82,18 @@ def resize_center_crop(image: Tensor, size: tuple[int, int], crop_ratio: float) 
     left, top = round((target[0] - size[1]) / 2), round((target[1] - size[0]) / 2)
     crop = np.array(resized.crop((left, top, left + size[1], top + size[0])))
     return torch.from_numpy(crop.reshape(*size, -1)).permute(2, 0, 1)  # [C, *size]
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """`resize_center_crop` at a size; a named class so that loader workers can receive it."""
+
+    size: tuple[int, int]
+    crop_ratio: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 [C, h, w] to uint8 [C, *size]."""
+        return resize_center_crop(image, self.size, self.crop_ratio)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:

@@ -117,11 +117,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """[B, N, D] to [B, N, D]; with `num_queries` = M only the last M tokens are computed: [B, M, D]."""
+    def forward(self, x: Tensor, num_queries: int | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D]; with `num_queries` = M only the last M tokens are computed: [B, M, D].
+
+        Args:
+            branch_scale: [2, B, 1, 1], what the attention and the MLP branch of each image are multiplied by
+                (`drop_path_scales`); None multiplies by nothing.
+        """
         attended = self.attn(self.norm1(x), num_queries)
+        if branch_scale is not None:
+            attended = attended * branch_scale[0].to(attended.dtype)
         x = attended + (x if num_queries is None else x[:, -num_queries:])
-        return x + self.mlp(self.norm2(x))
+        out = self.mlp(self.norm2(x))
+        return x + (out if branch_scale is None else out * branch_scale[1].to(out.dtype))
 
 
 class ViT(nn.Module):
@@ -135,14 +143,15 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, config.grid))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
-    def tokens(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+    def tokens(self, images: Tensor, ids_keep: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Class token and patch tokens after the final norm.
 
         Args:
             images: [B, C, H, W] float, normalised; H and W as configured.
             ids_keep: [B, K] patch indices that the encoder sees, in the order wanted; None keeps all L.
+            branch_scales: [depth, 2, B, 1, 1] of `drop_path_scales`; None drops nothing.
         Returns: [B, 1 + K, D] (K = L without `ids_keep`).
         Raises: ValueError for images of another size, which would get positions that are not theirs.
         """
@@ -150,14 +159,18 @@ class ViT(nn.Module):
             expected = [self.config.in_chans, *self.config.img_size]
             raise ValueError(f"tokens: images [C, H, W] are {list(images.shape[1:])}, expected {expected}")
         patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
-        return self.encode(patches if ids_keep is None else gather_patches(patches, ids_keep), ids_keep)
+        return self.encode(patches if ids_keep is None else gather_patches(patches, ids_keep), ids_keep, branch_scales)
 
-    def encode(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """As `tokens`, from the kept patches themselves, [B, K, P*P*C]: nothing is embedded only to be dropped."""
+    def encode(self, patches: Tensor, ids_keep: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
+        """As `tokens`, from the kept patches themselves, [B, K, P*P*C]: nothing is embedded only to be dropped.
+
+        Args:
+            branch_scales: [depth, 2, B, 1, 1] of `drop_path_scales`; None drops nothing.
+        """
         positions = self.pos_embed[0, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]  # [(B,) K, D]
         x = self._with_cls(self.patch_embed(patches) + positions, self.pos_embed)  # [B, 1 + K, D]
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, branch_scale=None if branch_scales is None else branch_scales[i])
         return self.norm(x)
 
     def feature_maps(self, images: Tensor, block_ids: list[int]) -> list[Tensor]:
@@ -208,6 +221,17 @@ def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def drop_path_scales(rate: float, depth: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Per-image stochastic depth: what each branch of each block is multiplied by, 0 or 1 / (keep probability).
+
+    Block i drops with probability rate * i / (depth - 1); attention and MLP are drawn independently.
+    Returns: [depth, 2, B, 1, 1] float32 on the generator's device. Source: spec classify section 2.6.
+    """
+    keep = 1 - torch.linspace(0, rate, depth, device=generator.device).view(-1, 1, 1)  # [depth, 1, 1]
+    draws = torch.rand(depth, 2, batch_size, generator=generator, device=generator.device)  # [depth, 2, B]
+    return ((draws < keep) / keep)[..., None, None]
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

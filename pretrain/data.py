@@ -58,7 +58,7 @@ class PrepareSample:
     augment: AugmentConfig
     own_teacher_mask: bool
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> Sample:
+    def __call__(self, image: Tensor, rng: np.random.Generator, index: int) -> Sample:
         """uint8 [C, h, w] of any size to a sample of the configured size."""
         crop = random_crop_flip(image, self.img_size, self.augment, rng)
         return Sample(crop, rng.random((1 + self.own_teacher_mask, self.num_patches), dtype=np.float32))

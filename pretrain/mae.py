@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from core.config import Config
-from core.vit import Block, ViT, ViTConfig, gather_patches, sincos_pos_embed
+from core.vit import LAYER_NORM_EPS, Block, ViT, ViTConfig, gather_patches, sincos_pos_embed
 
 TARGET_EPS = 1e-6
 
@@ -44,7 +44,7 @@ class MaskedAutoencoder(ViT):
         self.decoder_blocks = nn.ModuleList(
             Block(decoder.embed_dim, decoder.num_heads, config.mlp_ratio) for _ in range(decoder.depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder.embed_dim, eps=self.norm.eps)
+        self.decoder_norm = nn.LayerNorm(decoder.embed_dim, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(decoder.embed_dim, config.patch_values)
 
     def forward(self, patches: Tensor, ids_keep: Tensor, ids_hidden: Tensor) -> Tensor:

@@ -1,9 +1,6 @@
 """`rcmae pretrain`: from a configuration to a trained and exported backbone."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +8,32 @@ import torch
 from rich.console import Console
 
 from core.backbone_io import export_backbone
-from core.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from core.checkpoint import Checkpoint
 from core.compiling import compile_blocks, compiles
 from core.config import config_hash
 from core.datasets import TRAIN_NAMES, ImageSource, open_images, pick_split
 from core.distributed import Planned, Processes, joined
 from core.engine import Fit, Progress, fit
-from core.errors import ConfigError, DataError, shown
-from core.files import FileSystem, require_space
-from core.loader import EpochOrder, Feed, StreamedImages, TrainingImages, image_loader, stream_loader
-from core.log import RunLog, console_logging, draw_curves, read_metrics
-from core.machine import code_digest, environment, git_commit, keep_freed_memory, seed_everything
+from core.errors import shown
+from core.features import FeatureExtractor
+from core.files import FileSystem
+from core.loader import Feed, StreamedImages, stream_loader
+from core.log import console_logging, draw_curves, read_metrics
+from core.machine import git_commit, keep_freed_memory, seed_everything
 from core.optim import adamw, decay_groups, warmup_cosine
 from core.parallel import Parallel
-from core.run_directory import RunDirectory
+from core.start import (
+    Writer,
+    agree_on_run,
+    claimed,
+    data_facts,
+    image_feed,
+    open_log,
+    require_same_data,
+    run_info,
+    starting_point,
+)
 from core.streams import ShardStream, expand_urls, is_stream
-from core.worker import earlier_faults, note_run
 from pretrain.cost import checkpoint_bytes
 from pretrain.data import PrepareSample, collate
 from pretrain.dynamics import Dynamics, draw_dynamics
@@ -49,46 +56,13 @@ def pretrain(config: PretrainConfig, resume: str = "auto", fs: FileSystem | None
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
     with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
-        facts = environment()
-        processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
-        # Where the data lie may differ between machines, what they are may not.
-        values = config.model_dump(mode="json", exclude={"data", "cache"})
-        processes.agree({"--resume": resume, **{f"configuration: {key}": value for key, value in values.items()}})
+        agree_on_run(processes, config, resume)
         source = processes.first_on_each_machine(lambda: _open_source(config))
         processes.agree({"data": _data_facts(config, source)})
-        with _writer(config, processes, fs) as writer:
-            checkpoint = _starting_point(writer, resume, config.out, processes)
+        with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
+            checkpoint = starting_point(writer, resume, config.out, processes)
             setting = settle(config, source, checkpoint, processes)
             return _run(setting, checkpoint, writer, processes, console)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """What only the first process has: the run directory, its checkpoints and its log."""
-
-    directory: RunDirectory
-    store: CheckpointStore
-    log: RunLog
-
-
-@contextmanager
-def _writer(config: PretrainConfig, processes: Processes, fs: FileSystem | None) -> Iterator[Writer | None]:
-    writer: list[Writer] = []  # filled on the first process
-
-    def claim() -> None:
-        directory = RunDirectory(config.out, config, HARMLESS_KEYS)
-        note_run(config.out)
-        store = CheckpointStore(directory.path / "checkpoints", config.checkpoint, fs)
-        writer.append(Writer(directory, store, RunLog(directory.path, config.log)))
-        store.clean()
-
-    try:
-        processes.on_main(claim)
-        yield writer[0] if writer else None
-    finally:
-        if writer:
-            writer[0].log.close()
-            writer[0].directory.close()
 
 
 def dry_run(config: PretrainConfig, num_processes: int = 1, local_size: int = 1) -> list[str]:
@@ -108,38 +82,7 @@ def _open_source(config: PretrainConfig) -> ImageSource | None:
 def _data_facts(config: PretrainConfig, source: ImageSource | None) -> dict[str, Any]:
     if source is None:
         return {"images": config.loader.stream_images, "fingerprint": config.data}
-    return {"images": len(source), "fingerprint": source.fingerprint()}
-
-
-def _starting_point(writer: Writer | None, resume: str, out: Path, processes: Processes) -> Checkpoint | None:
-    """The checkpoint to go on from, chosen and read by the first process and told to the others."""
-    found: list[Checkpoint | None] = [None]
-
-    def find() -> dict[str, Any] | None:
-        assert writer is not None, "only the first process reads"
-        found[0] = _find(writer.store, resume, out)
-        if found[0] is None:
-            return None
-        checkpoint = found[0]
-        return {"step": checkpoint.step, "state": checkpoint.state, "digest": checkpoint.digest} | {
-            "manifest": checkpoint.manifest
-        }
-
-    told = processes.on_main(find)
-    if told is None or processes.size == 1:
-        return found[0]
-    return Checkpoint(tensors=processes.spread(found[0].tensors if found[0] else None), **told)
-
-
-def _find(store: CheckpointStore, resume: str, out: Path) -> Checkpoint | None:
-    newest = store.newest()
-    if resume == "auto":
-        return newest
-    if newest is not None:
-        raise ConfigError(
-            f"out={shown(out)}: holds a run at step {newest.step}; --resume {shown(resume)} needs another out="
-        )
-    return None if resume == "never" else read_checkpoint(Path(resume))
+    return data_facts(source)
 
 
 def _run(
@@ -150,9 +93,10 @@ def _run(
     keep_freed_memory()
     for line in header(setting):
         logger.info("%s", line)
-    info = _info(setting)
-    _check_same_data(config.data, checkpoint, info["data"])
-    processes.on_main(lambda: _open_log(setting, checkpoint, writer))
+    info = run_info(config, setting.device, _data_facts(config, setting.source))
+    require_same_data(config.data, checkpoint, info["data"])
+    state_bytes = checkpoint_bytes(setting.vit, setting.decoder, config.method == "rc_mae")
+    processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
     task = build_task(setting, processes)
     compiled = compiles(config.engine.compile, setting.device)
     if compiled:
@@ -184,16 +128,6 @@ def _run(
     feed = _build_feed(setting, checkpoint, processes)
     progress = fit(task, feed, checkpoint, run)
     return processes.on_main(lambda: _finish(setting, feed, progress, writer))
-
-
-def _open_log(setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None) -> None:
-    assert writer is not None, "only the first process logs"
-    for fault in earlier_faults():
-        logger.warning("started again: %s", fault)
-    state_bytes = checkpoint_bytes(setting.vit, setting.decoder, setting.config.method == "rc_mae")
-    path = writer.directory.path
-    require_space(path, int(2.4 * state_bytes), "room for two checkpoints", None)
-    writer.log.open(checkpoint.step if checkpoint else 0, path.name, setting.config.model_dump(mode="json"))
 
 
 def build_task(setting: Setting, processes: Processes) -> RCMAETask:
@@ -242,10 +176,11 @@ def _build_probe(setting: Setting, processes: Processes) -> Probe | None:
         len(test),
         len(train.classes),
     )
-    return Probe(
-        config.probe, train, test, config.mean, config.std, setting.device, config.engine.precision,
+    features_of = FeatureExtractor(
+        config.mean, config.std, config.probe.crop_ratio, setting.device, config.engine.precision,
         setting.num_workers, config.loader.timeout_s, processes,
     )  # fmt: skip
+    return Probe(config.probe, train, test, features_of)
 
 
 def _build_pictures(setting: Setting) -> Reconstructions | None:
@@ -261,50 +196,21 @@ def _build_feed(setting: Setting, checkpoint: Checkpoint | None, processes: Proc
     config, plan = setting.config, setting.plan
     own_mask = config.method == "rc_mae" and config.teacher.mask == "own"
     prepare = PrepareSample(setting.vit.img_size, setting.vit.num_patches, config.augment, own_mask)
-    stored = checkpoint.state["feed"] if checkpoint else {"broken": {}, "shards": []}
-    timeout, channels, most = config.loader.timeout_s, setting.vit.in_chans, config.loader.max_pixels
-    shards: list[int] = []
-    if setting.source is None:
-        stream = ShardStream(expand_urls(config.data), config.seed)
-        first = min(stored["shards"], default=0)
-        shards = [first] * max(1, setting.num_workers)
-        streamed = StreamedImages(
-            stream, config.seed, prepare, collate, plan.micro_batch, first, channels, most, processes.rank,
-            processes.size,
-        )  # fmt: skip
-        loader = stream_loader(streamed, setting.num_workers, timeout)
-    else:
-        step = checkpoint.step if checkpoint else 0
-        order = EpochOrder(
-            setting.num_images, plan.batch_size, plan.micro_batch, config.seed, step, plan.total_steps, processes.rank,
-            processes.size,
-        )  # fmt: skip
-        images = TrainingImages(setting.source, config.seed, prepare, channels, most)
-        loader = image_loader(images, order, collate, setting.num_workers, timeout)
-    max_broken = config.loader.max_broken_share * setting.num_images
-    return Feed(loader, plan.accumulation, max_broken, dict(stored["broken"]), shards)
-
-
-def _check_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, Any]) -> None:
-    if checkpoint is None:
-        return
-    before = checkpoint.manifest["info"]["data"]
-    if before != now:
-        raise DataError(
-            f"{shown(data)}: {now['images']} images (list {now['fingerprint']}), but the run was "
-            f"started with {before['images']} (list {before['fingerprint']}); bring those back, or give another out="
+    channels, most = setting.vit.in_chans, config.loader.max_pixels
+    if setting.source is not None:
+        return image_feed(
+            setting.source, config, plan, prepare, collate, channels, setting.num_workers, checkpoint, processes
         )
-
-
-def _info(setting: Setting) -> dict[str, Any]:
-    facts = environment()
-    keys = ("torch", "torchvision", "numpy", "threads", "instruction_set", "gpu", "git_commit")
-    return {
-        **{key: facts[key] for key in keys},
-        "device": setting.device.type,
-        "config": config_hash(setting.config),
-        "data": _data_facts(setting.config, setting.source),
-    }
+    stored = checkpoint.state["feed"] if checkpoint else {"broken": {}, "shards": []}
+    first = min(stored["shards"], default=0)
+    streamed = StreamedImages(
+        ShardStream(expand_urls(config.data), config.seed), config.seed, prepare, collate, plan.micro_batch, first,
+        channels, most, processes.rank, processes.size,
+    )  # fmt: skip
+    loader = stream_loader(streamed, setting.num_workers, config.loader.timeout_s)
+    max_broken = config.loader.max_broken_share * setting.num_images
+    shards = [first] * max(1, setting.num_workers)
+    return Feed(loader, plan.accumulation, max_broken, dict(stored["broken"]), shards)
 
 
 def _finish(setting: Setting, feed: Feed, progress: Progress, writer: Writer | None) -> dict[str, Any]:

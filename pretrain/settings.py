@@ -1,24 +1,29 @@
 """What a pretraining run is given, and what follows from it before anything is built: device, batches, cost, header."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from core.checkpoint import Checkpoint, CheckpointConfig
+from core import start
+from core.checkpoint import Checkpoint
 from core.config import Config
 from core.datasets import ImageSource
 from core.distributed import Processes
-from core.engine import EngineConfig, Plan, choose_accumulation, uses_bf16
-from core.errors import ConfigError, shown
-from core.loader import LoaderConfig
-from core.log import LogConfig
-from core.machine import available_bytes, choose_device
+from core.engine import Plan, uses_bf16
+from core.errors import shown
+from core.machine import choose_device
 from core.optim import OptimConfig, peak_lr
+from core.start import (
+    PROGRAM_BYTES,
+    RunConfig,
+    accumulation_of,
+    batch_line,
+    choose_workers,
+    require_batch,
+)
 from core.streams import is_stream
 from core.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from core.vit import ViTConfig
@@ -29,14 +34,8 @@ from pretrain.presets import DECODERS, ENCODERS
 from pretrain.probe import ProbeConfig
 from pretrain.rc_mae import TeacherConfig
 
-PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
-
 # May differ when a run goes on: where things lie and how they are shown, not what is computed.
-HARMLESS_KEYS = (
-    "data", "out", "cache", "device", "log", "checkpoint", "loader.num_workers", "loader.timeout_s",
-    "loader.max_broken_share", "engine.evaluate_every_steps", "engine.parallel", "engine.timeout_s", "probe",
-    "engine.compile", "dynamics", "picture_images",
-)  # fmt: skip
+HARMLESS_KEYS = (*start.HARMLESS_KEYS, "probe", "dynamics", "picture_images")
 
 
 class SizeOverrides(Config):
@@ -58,12 +57,9 @@ class DecoderOverrides(Config):
     num_heads: PositiveInt | None = None
 
 
-class PretrainConfig(Config):
-    """Everything that `rcmae pretrain` reads. Flat keys keep MAE's names; `batch_size` is global."""
+class PretrainConfig(RunConfig):
+    """Everything that `rcmae pretrain` reads; `data` may also be a shard pattern or http(s) shard URLs."""
 
-    data: str  # folder of images, tar, .tgz, shard pattern, or http(s) shard URLs
-    out: Path
-    cache: Path = Path("~/.cache/rcmae")
     method: Literal["rc_mae", "mae"] = "rc_mae"
     model: Literal["tiny", "small", "base", "large", "huge"] = "base"
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224  # a side, or [height, width]
@@ -76,8 +72,6 @@ class PretrainConfig(Config):
     norm_pix_loss: bool = True
     gamma: NonNegativeFloat = 1.0
     momentum: float = Field(0.996, ge=0, le=1)
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     picture_images: PositiveInt = 8  # rows of the reconstruction picture
@@ -86,12 +80,8 @@ class PretrainConfig(Config):
     teacher: TeacherConfig = TeacherConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    loader: LoaderConfig = LoaderConfig()
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
     dynamics: DynamicsConfig = DynamicsConfig()
-    log: LogConfig = LogConfig()
 
     def contradictions(self) -> Iterator[str]:
         """Keys that cannot hold together."""
@@ -103,10 +93,8 @@ class PretrainConfig(Config):
             yield f"warmup_epochs={self.warmup_epochs:g}: must be below epochs={self.epochs}"
         if self.optim.lr is not None and "blr" in changed:
             yield "optim.lr and blr: both give the learning rate; remove one of the two"
-        accumulation = self.engine.accumulation
-        if accumulation and self.batch_size % accumulation:
-            yield f"engine.accumulation={accumulation}: does not divide batch_size={self.batch_size}"
-        if self.teacher.update == "micro_batch" and not accumulation:
+        yield from super().contradictions()
+        if self.teacher.update == "micro_batch" and not self.engine.accumulation:
             yield "teacher.update=micro_batch: needs engine.accumulation, which is part of the method then"
         if self.dynamics.every_steps and self.engine.parallel == "fsdp2":
             yield "dynamics.every_steps and engine.parallel=fsdp2: it compares whole gradients; use engine.parallel=ddp"
@@ -166,45 +154,15 @@ def settle(
     device = choose_device(config.device, processes.local_rank)
     vit, decoder = config.vit_config(), config.decoder_config()
     num_images = len(source) if source is not None else (config.loader.stream_images or 0)
-    if num_images < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size}: more than the {num_images} images of data; lower it")
-    if config.batch_size % processes.size:
-        raise ConfigError(
-            f"batch_size={config.batch_size}: cannot be shared by {processes.size} processes; give a multiple of that"
-        )
-    # Free memory changes from moment to moment: one process decides.
-    accumulation = processes.on_main(lambda: _accumulation(config, checkpoint, device, processes))
-    cores = os.cpu_count() or 1
-    num_workers = config.loader.num_workers
-    if num_workers is None:
-        share = cores // processes.local_size
-        num_workers = max(1, share // 2) if device.type == "cpu" else max(1, min(16, share))
-    plan = Plan(num_images, config.batch_size, accumulation, config.epochs, processes.size)
-    return Setting(config, vit, decoder, device, source, num_images, plan, num_workers)
-
-
-def _accumulation(
-    config: PretrainConfig, checkpoint: Checkpoint | None, device: torch.device, processes: Processes
-) -> int:
-    """Micro-batches per process: as told, as the run had them, or as few as the memory allows."""
-    share = config.batch_size // processes.size
-    given = config.engine.accumulation
-    if given is not None:
-        if share % given:
-            raise ConfigError(
-                f"engine.accumulation={given}: does not divide the {share} images per step of each of "
-                f"{processes.size} processes"
-            )
-        return given
-    if checkpoint is not None:  # other micro-batches would change the order of sums
-        before = config.batch_size // checkpoint.state["micro_batches"]
-        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= before)
-    vit, decoder = config.vit_config(), config.decoder_config()
-    return choose_accumulation(
-        share,
+    require_batch(config, num_images)
+    accumulation = accumulation_of(
+        config, checkpoint, device, processes,
         activation_bytes(vit, decoder, config.mask_ratio, uses_bf16(device, config.engine.precision)),
         fixed_bytes(vit, decoder, config.method == "rc_mae"),
-        available_bytes(device) // (processes.local_size if device.type == "cpu" else 1),
+    )  # fmt: skip
+    plan = Plan(num_images, config.batch_size, accumulation, config.epochs, processes.size)
+    return Setting(
+        config, vit, decoder, device, source, num_images, plan, choose_workers(config.loader, device, processes)
     )
 
 
@@ -232,9 +190,7 @@ def header(setting: Setting) -> list[str]:
         f"{vit.img_size[0]}x{vit.img_size[1]} px; decoder {decoder.embed_dim} x {decoder.depth}; "
         f"{encoder_size / 1e6:.2f} + {decoder_size / 1e6:.2f} M parameters",
         f"data       {source}: {setting.num_images} images{streamed}; {setting.num_workers} loader workers{each}",
-        f"batch      effective {plan.batch_size} = {plan.micro_batch} per process x {plan.num_processes} "
-        f"{'process' if plan.num_processes == 1 else 'processes'} x {plan.accumulation} accumulated"
-        + (f"; {config.engine.parallel}" if plan.num_processes > 1 else ""),
+        batch_line(plan, config),
         f"schedule   {config.epochs} epochs x {plan.steps_per_epoch} steps = {plan.total_steps} steps, "
         f"{left_out} images left out per epoch; warm-up {config.warmup_epochs:g} epochs",
         f"optimizer  AdamW, lr {setting.lr:.4g} = blr {config.blr:g} x {plan.batch_size} / 256"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ForkServer
-from tests.tiny import draw_images
+from tests.tiny import draw_images, tiny_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,3 +31,9 @@ def server() -> Iterator[ForkServer]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 small images in two class folders."""
     return draw_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone directory with random weights."""
+    return tiny_backbone(tmp_path_factory.mktemp("backbone") / "backbone")

@@ -136,9 +136,11 @@ class ForkServer:
         assert_nobody_left(run.group)
         return codes
 
-    def run(self, overrides: list[str], log: Path, crash_at: int | None = None, size: int = 1) -> int:
+    def run(
+        self, overrides: list[str], log: Path, crash_at: int | None = None, size: int = 1, stage: str = "pretrain"
+    ) -> int:
         """Start a run and wait for its end."""
-        return self.wait(self.start(overrides, log, crash_at, size))
+        return self.wait(self.start(overrides, log, crash_at, size, stage=stage))
 
     def _send(self, message: dict[str, Any]) -> None:
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -219,10 +221,11 @@ def free_port() -> int:
 
 
 def kill_after(
-    server: ForkServer, overrides: list[str], log: Path, seconds: float, size: int = 1, rank: int = 0
-) -> int:
+    server: ForkServer, overrides: list[str], log: Path, seconds: float, size: int = 1, rank: int = 0,
+    stage: str = "pretrain",
+) -> int:  # fmt: skip
     """Start a run, SIGKILL one process of it after so many seconds, and return that one's exit code."""
-    run = server.start(overrides, log, size=size)
+    run = server.start(overrides, log, size=size, stage=stage)
     time.sleep(seconds)
     kill(run.pids[rank])
     return server.wait_all(run)[rank]
@@ -268,7 +271,23 @@ def _pretrain(overrides: list[str], fs: FileSystem) -> None:
     pretrain(load_config(PretrainConfig, None, overrides), fs=fs)
 
 
-STAGES = {"pretrain": _pretrain}  # what trains, by its verb
+def _classify(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from transfer.classification.run import classify
+    from transfer.classification.settings import ClassifyConfig
+
+    classify(load_config(ClassifyConfig, None, overrides), fs=fs)
+
+
+def _robust(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from robustness.run import robust
+    from robustness.settings import RobustConfig
+
+    robust(load_config(RobustConfig, None, overrides), fs=fs)
+
+
+STAGES = {"pretrain": _pretrain, "classify": _classify, "robust": _robust}  # what can be killed, by its verb
 
 
 def _run(message: dict[str, Any], rank: int) -> int:
@@ -292,6 +311,8 @@ def _run(message: dict[str, Any], rank: int) -> int:
 def _serve() -> None:
     import pretrain.run  # noqa: F401  imported once here, not in every child
     import tests.faults  # noqa: F401
+    import robustness.run  # noqa: F401
+    import transfer.classification.run  # noqa: F401
 
     say = os.fdopen(os.dup(1), "w")
     print("ready", file=say, flush=True)

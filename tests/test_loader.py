@@ -65,7 +65,7 @@ def numbers(batch: PretrainBatch) -> list[int]:
 class AsTensor:
     """Prepares the decoded image alone, so that batches are plain tensors."""
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Tensor, rng: np.random.Generator, index: int) -> Tensor:
         return image
 
 
@@ -122,7 +122,7 @@ def test_the_images_of_a_step_do_not_depend_on_the_accumulation() -> None:
 def test_a_sample_is_drawn_from_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     images = TrainingImages(make_images(tmp_path / "set", 4), 7, PREPARE)
     sample, broken = images[(2, 3)]
-    again = PREPARE(read_image(images.source, 3, 3, 10**6), sample_rng(7, 2, 3))
+    again = PREPARE(read_image(images.source, 3, 3, 10**6), sample_rng(7, 2, 3), 3)
     assert broken == ()
     assert torch.equal(sample.image, again.image) and np.array_equal(sample.noise, again.noise)
     others = images[(3, 3)], images[(2, 2)], TrainingImages(images.source, 8, PREPARE)[(2, 3)]
@@ -139,7 +139,7 @@ def test_a_broken_image_is_replaced_by_the_same_one_each_time_and_reported(tmp_p
         assert torch.equal(sample.image, again.image) and broken == broken_again
         assert broken[0] == Broken("0/04.png", "not an image, or of an unknown format")
         assert {note.name for note in broken} <= {"1/03.png", "0/04.png", "1/05.png", "0/06.png"}
-        assert np.array_equal(sample.noise, PREPARE(torch.zeros(3, 10, 12).byte(), sample_rng(0, epoch, 4)).noise)
+        assert np.array_equal(sample.noise, PREPARE(torch.zeros(3, 10, 12).byte(), sample_rng(0, epoch, 4), 4).noise)
         stand_ins.add(int(sample.image[0, 0, 0]))
     assert len(stand_ins) > 3 and not stand_ins & {3, 4, 5, 6}
 
@@ -213,7 +213,7 @@ def test_loading_draws_from_no_global_generator(tmp_path: Path) -> None:
 class SignalSelf:
     """Prepares an image in a process that gets every signal that a terminal or a scheduler sends to the whole group."""
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Tensor, rng: np.random.Generator, index: int) -> Tensor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A pretraining run small enough to be run many times: a few drawn images and a ViT of a few thousand parameters."""
+"""Runs small enough to be run many times: a few drawn images and a ViT of a few thousand parameters."""
 
 from pathlib import Path
 
@@ -27,5 +27,36 @@ def tiny_overrides(data: Path, out: Path, **changes: object) -> list[str]:
         "checkpoint.every_steps": 2, "log.every_steps": 1, "log.tensorboard": False, "log.curves": False,
         "loader.num_workers": 0, "picture_images": 1, "device": "cpu",
     }  # fmt: skip
+    return _as_overrides(values, changes)
+
+
+def tiny_backbone(folder: Path) -> Path:
+    """A backbone directory with random weights."""
+    import torch
+
+    from core.backbone_io import export_backbone
+    from core.vit import ViT, ViTConfig
+
+    vit = ViT(ViTConfig(img_size=(16, 16), patch_size=4, embed_dim=16, depth=2, num_heads=2))
+    vit.init_weights(torch.Generator().manual_seed(0))
+    export_backbone(folder, vit, {"step": 0})
+    return folder
+
+
+def tiny_classification(
+    data: Path, out: Path, backbone: Path, protocol: str = "finetune", **changes: object
+) -> list[str]:
+    """Overrides of a classification of four steps on 48 images, 38 of which are trained on."""
+    values: dict[str, object] = {
+        "data": data, "out": out, "cache": out.parent / "cache", "backbone": backbone, "protocol": protocol,
+        "batch_size": 16, "checkpoint.every_steps": 1, "log.every_steps": 1, "log.tensorboard": False,
+        "log.curves": False, "loader.num_workers": 0, "device": "cpu",
+    }  # fmt: skip
+    if protocol != "knn":
+        values |= {f"{protocol}.epochs": 2, f"{protocol}.warmup_epochs": 0.5, f"{protocol}.blr": 0.05}
+    return _as_overrides(values, changes)
+
+
+def _as_overrides(values: dict[str, object], changes: dict[str, object]) -> list[str]:
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]

@@ -1,0 +1,253 @@
+"""How every run starts: keys that all trained stages share, processes that agree, one writer, where to go on from."""
+
+import logging
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+
+from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, read_checkpoint
+from core.config import Config, config_hash
+from core.datasets import ImageSource
+from core.distributed import Processes
+from core.engine import EngineConfig, Plan, choose_accumulation
+from core.errors import ConfigError, DataError, shown
+from core.files import FileSystem, require_space
+from core.loader import Collate, EpochOrder, Feed, LoaderConfig, Prepare, TrainingImages, image_loader
+from core.log import LogConfig, RunLog
+from core.machine import available_bytes, code_digest, environment
+from core.run_directory import RunDirectory
+from core.worker import earlier_faults, note_run
+
+PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
+
+# May differ when a run goes on: where things lie and how they are shown, not what is computed.
+HARMLESS_KEYS = (
+    "data", "out", "cache", "device", "log", "checkpoint", "loader.num_workers", "loader.timeout_s",
+    "loader.max_broken_share", "engine.evaluate_every_steps", "engine.parallel", "engine.timeout_s", "engine.compile",
+)  # fmt: skip
+
+logger = logging.getLogger("rcmae")
+
+
+class RunConfig(Config):
+    """What every trained stage reads. Flat keys keep MAE's names; `batch_size` is global."""
+
+    data: str  # folder of images, tar, .tgz, or what else the stage takes
+    out: Path
+    cache: Path = Path("~/.cache/rcmae")
+    batch_size: PositiveInt
+    seed: int = Field(0, ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    loader: LoaderConfig = LoaderConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def contradictions(self) -> Iterator[str]:
+        """Keys that cannot hold together; stages yield these and their own."""
+        accumulation = self.engine.accumulation
+        if accumulation and self.batch_size % accumulation:
+            yield f"engine.accumulation={accumulation}: does not divide batch_size={self.batch_size}"
+
+
+def agree_on_run(processes: Processes, config: RunConfig, resume: str, paths: Collection[str] = ()) -> None:
+    """Raise RanksDisagree unless all processes run the same code with the same configuration.
+
+    Args:
+        paths: keys beside data and cache that say where something lies, which may differ between machines.
+    """
+    facts = environment()
+    processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
+    # Where the data lie may differ between machines, what they are may not.
+    values = config.model_dump(mode="json", exclude={"data", "cache", *paths})
+    processes.agree({"--resume": resume, **{f"configuration: {key}": value for key, value in values.items()}})
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What only the first process has: the run directory, its checkpoints and its log."""
+
+    directory: RunDirectory
+    store: CheckpointStore
+    log: RunLog
+
+
+@contextmanager
+def claimed(
+    config: RunConfig, harmless: Collection[str], processes: Processes, fs: FileSystem | None
+) -> Iterator[Writer | None]:
+    """Own `out=` while open: a Writer on the first process, None on the others."""
+    writer: list[Writer] = []  # filled on the first process
+
+    def claim() -> None:
+        directory = RunDirectory(config.out, config, harmless)
+        note_run(config.out)
+        store = CheckpointStore(directory.path / "checkpoints", config.checkpoint, fs)
+        writer.append(Writer(directory, store, RunLog(directory.path, config.log)))
+        store.clean()
+
+    try:
+        processes.on_main(claim)
+        yield writer[0] if writer else None
+    finally:
+        if writer:
+            writer[0].log.close()
+            writer[0].directory.close()
+
+
+def starting_point(writer: Writer | None, resume: str, out: Path, processes: Processes) -> Checkpoint | None:
+    """The checkpoint to go on from, chosen and read by the first process and told to the others."""
+    found: list[Checkpoint | None] = [None]
+
+    def find() -> dict[str, Any] | None:
+        assert writer is not None, "only the first process reads"
+        found[0] = _find(writer.store, resume, out)
+        if found[0] is None:
+            return None
+        checkpoint = found[0]
+        return {"step": checkpoint.step, "state": checkpoint.state, "digest": checkpoint.digest} | {
+            "manifest": checkpoint.manifest
+        }
+
+    told = processes.on_main(find)
+    if told is None or processes.size == 1:
+        return found[0]
+    return Checkpoint(tensors=processes.spread(found[0].tensors if found[0] else None), **told)
+
+
+def _find(store: CheckpointStore, resume: str, out: Path) -> Checkpoint | None:
+    newest = store.newest()
+    if resume == "auto":
+        return newest
+    if newest is not None:
+        raise ConfigError(
+            f"out={shown(out)}: holds a run at step {newest.step}; --resume {shown(resume)} needs another out="
+        )
+    return None if resume == "never" else read_checkpoint(Path(resume))
+
+
+def open_log(writer: Writer | None, config: RunConfig, checkpoint: Checkpoint | None, checkpoint_bytes: int) -> None:
+    """Open the metric files, say what ended earlier attempts, and refuse a disk without room for two checkpoints."""
+    assert writer is not None, "only the first process logs"
+    for fault in earlier_faults():
+        logger.warning("started again: %s", fault)
+    path = writer.directory.path
+    require_space(path, int(2.4 * checkpoint_bytes), "room for two checkpoints", None)
+    writer.log.open(checkpoint.step if checkpoint else 0, path.name, config.model_dump(mode="json"))
+
+
+def require_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, Any]) -> None:
+    """Raise DataError if a run would go on with other images than it was started with."""
+    if checkpoint is None:
+        return
+    before = checkpoint.manifest["info"]["data"]
+    if before != now:
+        raise DataError(
+            f"{shown(data)}: {now['images']} images (list {now['fingerprint']}), but the run was "
+            f"started with {before['images']} (list {before['fingerprint']}); bring those back, or give another out="
+        )
+
+
+def data_facts(source: ImageSource) -> dict[str, Any]:
+    """What identifies the images of a run, wherever they lie."""
+    return {"images": len(source), "fingerprint": source.fingerprint()}
+
+
+def run_info(config: RunConfig, device: torch.device, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run."""
+    facts = environment()
+    keys = ("torch", "torchvision", "numpy", "threads", "instruction_set", "gpu", "git_commit")
+    return {
+        **{key: facts[key] for key in keys},
+        "device": device.type,
+        "config": config_hash(config),
+        "data": data,
+    }
+
+
+def choose_workers(config: LoaderConfig, device: torch.device, processes: Processes) -> int:
+    """Loader workers of each process: as told, half the cores on a CPU, up to 16 beside a GPU."""
+    if config.num_workers is not None:
+        return config.num_workers
+    share = (os.cpu_count() or 1) // processes.local_size
+    return max(1, share // 2) if device.type == "cpu" else max(1, min(16, share))
+
+
+def accumulation_of(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    processes: Processes,
+    bytes_per_image: int,
+    fixed_bytes: int,
+) -> int:
+    """Micro-batches per process: as told, as the run had them, or as few as the memory allows.
+
+    Raises: ConfigError where the global batch cannot be shared out.
+    """
+    if config.batch_size % processes.size:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: cannot be shared by {processes.size} processes; give a multiple of that"
+        )
+    share = config.batch_size // processes.size
+    given = config.engine.accumulation
+
+    def choose() -> int:
+        if given is not None:
+            if share % given:
+                raise ConfigError(
+                    f"engine.accumulation={given}: does not divide the {share} images per step of each of "
+                    f"{processes.size} processes"
+                )
+            return given
+        if checkpoint is not None:  # other micro-batches would change the order of sums
+            before = config.batch_size // checkpoint.state["micro_batches"]
+            return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= before)
+        sharing = processes.local_size if device.type == "cpu" else 1
+        return choose_accumulation(share, bytes_per_image, fixed_bytes, available_bytes(device) // sharing)
+
+    # Free memory changes from moment to moment: one process decides.
+    return processes.on_main(choose)
+
+
+def require_batch(config: RunConfig, num_images: int) -> None:
+    """Raise ConfigError if there are fewer images than one step takes."""
+    if num_images < config.batch_size:
+        raise ConfigError(f"batch_size={config.batch_size}: more than the {num_images} images of data; lower it")
+
+
+def image_feed(
+    source: ImageSource,
+    config: RunConfig,
+    plan: Plan,
+    prepare: Prepare,
+    collate: Collate,
+    channels: int,
+    num_workers: int,
+    checkpoint: Checkpoint | None,
+    processes: Processes,
+) -> Feed:
+    """Batches of files in the order of the run, from the step that it goes on from."""
+    order = EpochOrder(
+        len(source), plan.batch_size, plan.micro_batch, config.seed, checkpoint.step if checkpoint else 0,
+        plan.total_steps, processes.rank, processes.size,
+    )  # fmt: skip
+    images = TrainingImages(source, config.seed, prepare, channels, config.loader.max_pixels)
+    loader = image_loader(images, order, collate, num_workers, config.loader.timeout_s)
+    broken = dict(checkpoint.state["feed"]["broken"]) if checkpoint else {}
+    return Feed(loader, plan.accumulation, config.loader.max_broken_share * len(source), broken)
+
+
+def batch_line(plan: Plan, config: RunConfig) -> str:
+    """The line of a header that says how the global batch comes about."""
+    return (
+        f"batch      effective {plan.batch_size} = {plan.micro_batch} per process x {plan.num_processes} "
+        f"{'process' if plan.num_processes == 1 else 'processes'} x {plan.accumulation} accumulated"
+        + (f"; {config.engine.parallel}" if plan.num_processes > 1 else "")
+    )

@@ -1,0 +1,1 @@
+"""From a backbone to a classifier: fine-tuning, linear probe, k-NN (spec classify)."""
