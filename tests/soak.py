@@ -21,13 +21,15 @@ from pathlib import Path
 
 from tests.harness import ForkServer, Run, fresh, kill, started
 from tests.test_resume import digest, spoil, steps_logged
-from tests.tiny import draw_images, tiny_overrides
+from tests.tiny import draw_images, tiny_backbone, tiny_classification, tiny_overrides
 
 # Every trainable stage adds itself here with one line: its verb, and what makes it small.
 STAGES = {
     "RC-MAE": ("pretrain", {}),
     "MAE": ("pretrain", {"method": "mae", "momentum": 0.996}),
     "RC-MAE, own masks, cosine": ("pretrain", {"teacher__mask": "own", "teacher__schedule": "cosine"}),
+    "fine-tuning": ("classify", {"protocol": "finetune"}),
+    "linear probe": ("classify", {"protocol": "linprobe"}),
 }
 COUNTED = (
     "campaigns", "attempts", "kills", "kills at a crash point", "agent kills", "workers killed under the launcher",
@@ -51,6 +53,8 @@ class Campaign:
         self.size = self.rng.choice([1, 2, 3, 4])
         self.mode = self.rng.choice(["ddp", "ddp", "fsdp2"])
         self.verb, changes = STAGES[self.name]
+        if self.name == "linear probe":
+            self.mode = "ddp"  # it has one layer, and refuses to shard it
         sharded = self.size > 1 and self.mode == "fsdp2"  # slow on a CPU
         self.changes = {
             "batch_size": 12, "epochs": 5 if sharded else 25, "checkpoint__every_steps": 3 if sharded else 8,
@@ -65,7 +69,11 @@ class Campaign:
         return f"{self.name}, {self.size} process{'es' if self.size > 1 else ''}{mode}"
 
     def overrides(self, out: Path) -> list[str]:
-        return tiny_overrides(self.data, out, **self.changes)
+        if self.verb == "pretrain":
+            return tiny_overrides(self.data, out, **self.changes)
+        changes = dict(self.changes)
+        changes[f"{changes['protocol']}__epochs"] = changes.pop("epochs")
+        return tiny_classification(self.data, out, self.data.parent / "backbone", **changes)
 
     def carry_out(self, attempts: int) -> None:
         """Attempt after attempt, then one that is left alone; counts what was found."""
@@ -219,6 +227,7 @@ def main() -> int:
         return restarts(options.restarts)
     work = Path(tempfile.mkdtemp(prefix="rcmae-soak-"))
     data, rng, counts = draw_images(work / "data"), random.Random(options.seed), Counter()
+    tiny_backbone(work / "backbone")
     sizes: Counter = Counter()
     print(f"soak for {options.minutes:g} minutes, seed {options.seed}", flush=True)
     begun = time.monotonic()

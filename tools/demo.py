@@ -7,31 +7,48 @@ from core.errors import ConfigError, shown
 from core.log import read_metrics
 from pretrain.run import pretrain
 from pretrain.settings import PretrainConfig
+from robustness.run import robust
+from robustness.settings import RobustConfig
 from tools.world import draw_world
+from transfer.classification.run import classify
+from transfer.classification.settings import ClassifyConfig
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "demo" / "pretrain.yaml"
+RECIPES = Path(__file__).resolve().parent.parent / "configs" / "demo"
 NUM_TRAIN, NUM_VAL = 2400, 500
 
 
 def run_demo(out: Path) -> None:
-    """Draw the world below `out`, pretrain on it with the k-NN probe, and say where everything is."""
+    """Draw the world below `out`, pretrain, fine-tune and corrupt on it, and say where everything is."""
     world = out / "world"
     print(f"drawing a world of textured shapes into {shown(world)}")
     try:
         draw_world(world, num_train=NUM_TRAIN, num_val=NUM_VAL)
     except ValueError as error:
         raise ConfigError(f"{error}; give another --out") from None
-    images, run = world / "imagefolder", out / "pretrain"
-    overrides = [f"data={images}", f"probe.data={images}", f"out={run}", f"cache={out / 'cache'}"]
-    summary = pretrain(load_config(PretrainConfig, RECIPE, overrides))
-    last = summary["figures"]
+    images = world / "imagefolder"
+    common = [f"data={images}", f"cache={out / 'cache'}"]
+    first, last = _pretrain(out / "pretrain", [*common, f"probe.data={images}"])
+    names = ("train/reconstruction", "train/consistency", "probe/knn_top1_pct")
+    lines = [f"{name:22} {first[name]:8.4g} -> {last[name]:.4g}" for name in names]
+
+    tuned = out / "finetune"
+    overrides = [*common, f"out={tuned}", f"backbone={out / 'pretrain' / 'backbone'}"]
+    figures = classify(load_config(ClassifyConfig, RECIPES / "finetune.yaml", overrides))["figures"]
+    lines.append(f"{'fine-tuned top-1, %':22} {figures['eval/top1_pct']:8.4g}")
+
+    swept = out / "corruptions"
+    overrides = [f"data={images / 'val'}", f"cache={out / 'cache'}", f"out={swept}", f"model={tuned / 'classifier'}"]
+    errors = robust(load_config(RobustConfig, RECIPES / "corruptions.yaml", overrides))["figures"]
+    lines += [f"{name:22} {value:8.4g}" for name, value in errors.items() if name.endswith("mean_error_pct")]
+    print("\n" + "\n".join(lines))
+    print(f"pictures   {shown(out / 'pretrain' / 'pictures')}, {shown(tuned / 'confusion.png')}, {shown(swept)}")
+    print(f"backbone   timm.create_model('local-dir:{shown(out / 'pretrain' / 'backbone')}', pretrained=True)")
+
+
+def _pretrain(run: Path, overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last value of every figure."""
+    summary = pretrain(load_config(PretrainConfig, RECIPES / "pretrain.yaml", [*overrides, f"out={run}"]))
     first: dict[str, float] = {}
     for row in read_metrics(run / "metrics.jsonl"):
         first = {**row, **first}
-    names = ("train/reconstruction", "train/consistency", "probe/knn_top1_pct")
-    print(
-        "\n"
-        + "".join(f"{name:22} {first[name]:8.4g} -> {last[name]:.4g}\n" for name in names)
-        + f"pictures   {shown(run / 'pictures')}\ncurves     {shown(run / 'curves.png')}\n"
-        f"backbone   timm.create_model('local-dir:{shown(run / 'backbone')}', pretrained=True)"
-    )
+    return first, summary["figures"]
