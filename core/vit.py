@@ -9,24 +9,36 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.config import Config
 
 LAYER_NORM_EPS = 1e-6
 
 
-class ViTConfig(Config):
-    """Sizes of a ViT. `img_size` is (height, width) in pixels, both divisible by `patch_size`."""
+Grid = tuple[int, int]  # patches per column and per row
 
-    img_size: tuple[PositiveInt, PositiveInt]
+
+class ViTConfig(Config):
+    """Sizes of a ViT. `img_size` is (height, width) in pixels, both divisible by `patch_size`.
+
+    The last four keys make the ViT of a detector out of it (ViTDet, arXiv:2203.16527): it has no class token and no
+    final norm, most blocks attend in windows, and all know relative positions.
+    """
+
+    img_size: tuple[PositiveInt, PositiveInt]  # that the position table is made for
     patch_size: PositiveInt
     in_chans: PositiveInt = 3
     embed_dim: PositiveInt
     depth: PositiveInt
     num_heads: PositiveInt
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    class_token: bool = True  # False: dense features alone, and no final norm
+    window_size: PositiveInt | None = None  # side of the windows in patches; None: every block attends globally
+    global_blocks: tuple[NonNegativeInt, ...] = ()  # blocks that attend globally although others have windows
+    rel_pos_grid: tuple[PositiveInt, PositiveInt] | None = None  # grid that global relative positions are made for
 
     def contradictions(self) -> Iterator[str]:
         """Sizes that cannot hold together."""
@@ -37,6 +49,10 @@ class ViTConfig(Config):
             yield f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}"
         if self.embed_dim % 4:
             yield f"embed_dim={self.embed_dim} is not divisible by 4, as the sin-cos position table needs"
+        if self.class_token and (self.window_size or self.rel_pos_grid):
+            yield "class_token: has no place in windows or grids; false where window_size or rel_pos_grid is given"
+        if self.global_blocks and not (self.window_size and max(self.global_blocks) < self.depth):
+            yield f"global_blocks={list(self.global_blocks)}: needs window_size, and blocks below depth={self.depth}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -47,6 +63,17 @@ class ViTConfig(Config):
     def num_patches(self) -> int:
         """L, patches per image."""
         return self.grid[0] * self.grid[1]
+
+    def table_grid(self, block: int) -> Grid | None:
+        """The grid that relative positions of a block are made for; None where it has none."""
+        if self.rel_pos_grid is None:
+            return None
+        window = self.window_of(block)
+        return (window, window) if window else self.rel_pos_grid
+
+    def window_of(self, block: int) -> int | None:
+        """Side of a block's windows in patches; None where it attends globally."""
+        return None if block in self.global_blocks else self.window_size
 
     @property
     def patch_values(self) -> int:
@@ -68,16 +95,35 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, fused; qkv channels are [q | k | v], each head-major."""
+    """Multi-head self-attention, fused; qkv channels are [q | k | v], each head-major.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    With `table_grid` it knows decomposed relative positions: two tables `rel_pos_h`, `rel_pos_w`, shared by all heads,
+    zero at first (ViTDet, arXiv:2203.16527; spec detection section 2.4).
+    """
+
+    def __init__(self, dim: int, num_heads: int, table_grid: Grid | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.has_rel_pos = table_grid is not None
+        if table_grid is not None:
+            head_dim = dim // num_heads
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_grid[0] - 1, head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_grid[1] - 1, head_dim))
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many query, and are returned."""
+    def forward(self, x: Tensor, num_queries: int | None = None, grid: Grid | None = None) -> Tensor:
+        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many query, and are returned.
+
+        Args:
+            grid: rows and columns of the tokens, which relative positions need: N = rows * columns.
+        """
+        if self.has_rel_pos:
+            assert grid is not None, "relative positions need a grid"
+            q, k, v = self._heads(self.qkv(x), 3)  # each [B, heads, N, D / heads]
+            q, k = with_relative_positions(q, k, self.rel_pos_h, self.rel_pos_w, grid)
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            return self.proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
         if num_queries is None:
             q, k, v = self._heads(self.qkv(x), 3)
         else:
@@ -108,28 +154,51 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)); the attention may be in windows."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window_size: int | None = None,
+        table_grid: Grid | None = None,
+    ) -> None:
         super().__init__()
+        self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, table_grid)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, num_queries: int | None = None, branch_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        num_queries: int | None = None,
+        branch_scale: Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Tensor:
         """[B, N, D] to [B, N, D]; with `num_queries` = M only the last M tokens are computed: [B, M, D].
 
         Args:
+            grid: rows and columns of the tokens, which windows and relative positions need.
             branch_scale: [2, B, 1, 1], what the attention and the MLP branch of each image are multiplied by
                 (`drop_path_scales`); None multiplies by nothing.
         """
-        attended = self.attn(self.norm1(x), num_queries)
+        attended = self._attend(self.norm1(x), num_queries, grid)
         if branch_scale is not None:
             attended = attended * branch_scale[0].to(attended.dtype)
         x = attended + (x if num_queries is None else x[:, -num_queries:])
         out = self.mlp(self.norm2(x))
         return x + (out if branch_scale is None else out * branch_scale[1].to(out.dtype))
+
+    def _attend(self, x: Tensor, num_queries: int | None, grid: Grid | None) -> Tensor:
+        if self.window_size is None:
+            return self.attn(x, num_queries, grid)
+        assert grid is not None, "windows need a grid"
+        side = self.window_size
+        windows = self.attn(split_windows(x, grid, side), grid=(side, side))
+        return merge_windows(windows, grid, side)
 
 
 class ViT(nn.Module):
@@ -139,11 +208,17 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, config.grid))
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.norm: nn.Module = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.window_of(i), config.table_grid(i))
+            for i in range(config.depth)
+        )
+        if config.class_token:
+            self.norm: nn.Module = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.checkpointing = False  # recompute each block of `feature_maps` in the backward pass instead of keeping it
 
     def tokens(self, images: Tensor, ids_keep: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Class token and patch tokens after the final norm.
@@ -173,12 +248,13 @@ class ViT(nn.Module):
             x = block(x, branch_scale=None if branch_scales is None else branch_scales[i])
         return self.norm(x)
 
-    def feature_maps(self, images: Tensor, block_ids: list[int]) -> list[Tensor]:
+    def feature_maps(self, images: Tensor, block_ids: list[int], branch_scales: Tensor | None = None) -> list[Tensor]:
         """Patch tokens after the named blocks, without the final norm, as maps for dense prediction.
 
         Args:
             images: [B, C, H, W] float, normalised; any H and W divisible by the patch side (positions are resized).
             block_ids: 0-based block indices; the order asked for is the order returned.
+            branch_scales: [depth, 2, B, 1, 1] of `drop_path_scales`; None drops nothing.
         Returns: list of [B, D, H / P, W / P].
         Raises: ValueError for a size that the patch does not divide, or an unknown block.
         """
@@ -189,12 +265,18 @@ class ViT(nn.Module):
         patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
         x = self.patch_embed(patches) + pos_embed[:, 1:]  # [B, L, D]
-        x = self._with_cls(x, pos_embed)  # [B, 1 + L, D]
+        if self.config.class_token:
+            x = self._with_cls(x, pos_embed)  # [B, 1 + L, D]
         maps = {}
         for i, block in enumerate(self.blocks[: max(block_ids) + 1]):
-            x = block(x)
+            scale = None if branch_scales is None else branch_scales[i]
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, branch_scale=scale, grid=grid, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, branch_scale=scale, grid=grid)
             if i in block_ids:
-                maps[i] = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # [B, D, H / P, W / P]
+                patches = x[:, 1:] if self.config.class_token else x  # [B, L, D]
+                maps[i] = patches.transpose(1, 2).unflatten(2, grid)  # [B, D, H / P, W / P]
         return [maps[i] for i in block_ids]
 
     def _with_cls(self, x: Tensor, pos_embed: Tensor) -> Tensor:
@@ -210,7 +292,8 @@ class ViT(nn.Module):
         # The published models keep the convolution's default for this one bias: it is the only one not zero.
         bound = 1 / math.sqrt(self.config.patch_values)
         nn.init.uniform_(projection.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
-        nn.init.normal_(self.cls_token, std=0.02, generator=generator)
+        if self.config.class_token:
+            nn.init.normal_(self.cls_token, std=0.02, generator=generator)
 
 
 def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
@@ -221,6 +304,66 @@ def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def with_relative_positions(
+    q: Tensor, k: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose plain product holds the scaled logits and the decomposed relative positions.
+
+    For a query at (i, j) and a key at (m, n) the logit is q.k / sqrt(d) + q.Rh[i - m] + q.Rw[j - n], with the unscaled
+    q in the last two. They are put into further channels: q.Rh[i - m] for every m, q.Rw[j - n] for every n, and for the
+    key a one at its own m and n. So no bias of the size of all pairs is ever made.
+
+    Args:
+        q, k: [B, heads, N, d] with N = rows * columns.
+        rel_pos_h, rel_pos_w: [2 * S - 1, d]; resized linearly where S is not the grid's.
+    Returns: both [B, heads, N, d + rows + columns], padded to a multiple of 8; attend with scale 1.
+    """
+    rows, columns = grid
+    by_row = relative_table(rel_pos_h, rows).to(q.dtype)  # [rows of queries, rows of keys, d]
+    by_column = relative_table(rel_pos_w, columns).to(q.dtype)
+    placed = q.unflatten(2, grid)  # [B, heads, rows, columns, d]
+    to_rows = torch.einsum("bhijd,imd->bhijm", placed, by_row).flatten(2, 3)  # [B, heads, N, rows]
+    to_columns = torch.einsum("bhijd,jnd->bhijn", placed, by_column).flatten(2, 3)  # [B, heads, N, columns]
+    cells = torch.arange(rows * columns, device=q.device)
+    ones = [F.one_hot(cells // columns, rows), F.one_hot(cells % columns, columns)]
+    place = torch.cat(ones, dim=1).to(k.dtype).expand(*k.shape[:2], -1, -1)  # [B, heads, N, rows + columns]
+    pad = -(q.shape[-1] + rows + columns) % 8  # fused kernels want it
+    q = torch.cat([q * q.shape[-1] ** -0.5, to_rows, to_columns], dim=-1)
+    return F.pad(q, (0, pad)), F.pad(torch.cat([k, place], dim=-1), (0, pad))
+
+
+def relative_table(table: Tensor, side: int) -> Tensor:
+    """Rows of a relative position table [2 * S - 1, d] by query and key along one axis: [side, side, d].
+
+    Entry (i, m) is that of distance i - m. A table made for another side is resized linearly (spec detection 2.4).
+    """
+    length = 2 * side - 1
+    if len(table) != length:
+        table = F.interpolate(table.T.unsqueeze(0), size=length, mode="linear")[0].T  # [2 * side - 1, d]
+    place = torch.arange(side, device=table.device)
+    return table[place[:, None] - place[None, :] + side - 1]
+
+
+def split_windows(x: Tensor, grid: Grid, side: int) -> Tensor:
+    """Tokens [B, N, D] of a grid cut into windows, row-major: [B * windows, side * side, D].
+
+    The grid is padded with zeros at the bottom and right; as published these take part in the attention unmasked.
+    """
+    B, _, D = x.shape
+    rows, columns = (-(-n // side) for n in grid)
+    x = F.pad(x.unflatten(1, grid), (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
+    x = x.view(B, rows, side, columns, side, D).transpose(2, 3)  # [B, rows, columns, side, side, D]
+    return x.reshape(-1, side * side, D)
+
+
+def merge_windows(windows: Tensor, grid: Grid, side: int) -> Tensor:
+    """Inverse of `split_windows`; the padding is dropped: [B, N, D]."""
+    rows, columns = (-(-n // side) for n in grid)
+    x = windows.view(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(len(x), rows * side, columns * side, -1)
+    return x[:, : grid[0], : grid[1]].flatten(1, 2)  # [B, N, D]
 
 
 def drop_path_scales(rate: float, depth: int, batch_size: int, generator: torch.Generator) -> Tensor:
