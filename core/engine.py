@@ -69,6 +69,7 @@ class Plan:
     accumulation: int  # micro-batches per process
     epochs: int
     num_processes: int = 1
+    steps: int | None = None  # of recipes that count optimizer steps; None: whole epochs
 
     @property
     def micro_batches(self) -> int:
@@ -88,7 +89,7 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.epochs * self.steps_per_epoch
+        return self.epochs * self.steps_per_epoch if self.steps is None else self.steps
 
     def epoch(self, step: int) -> float:
         """The fractional epoch at an optimizer step, of which every schedule is a function."""

@@ -1,7 +1,7 @@
 """Parameter groups, optimizers, and schedules as pure functions of the optimizer step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from pydantic import Field
@@ -37,6 +37,18 @@ def warmup_cosine(epoch: float, *, lr: float, epochs: float, warmup_epochs: floa
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def warmup_multistep(step: float, *, warmup_steps: float, start: float, milestones: Sequence[int]) -> float:
+    """What the rate is multiplied by at an optimizer step: a linear warm-up, then a tenth from each milestone on.
+
+    Args:
+        start: the factor at step 0; it rises linearly to 1 at `warmup_steps`.
+    Source: detectron2's ViTDet recipes; spec detection section 5.4.
+    """
+    share = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    dropped = sum(step >= milestone for milestone in milestones)
+    return (start * (1 - share) + share) * 0.1**dropped
+
+
 def cosine_momentum(step: int, *, momentum: float, total_steps: int) -> float:
     """EMA momentum that rises from `momentum` at step 0 to 1 at `total_steps` along half a cosine (spec 4.1)."""
     return 1.0 + 0.5 * (momentum - 1.0) * (1.0 + math.cos(math.pi * step / total_steps))
@@ -56,24 +68,40 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 
 
 def layer_decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], depth: int, layer_decay: float, weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    depth: int,
+    layer_decay: float,
+    weight_decay: float,
+    *,
+    prefix: str = "",
+    decays: Callable[[str, nn.Parameter], bool] | None = None,
 ) -> list[dict]:
     """Groups of a ViT with a head for layer-wise rate decay: each has its `lr_scale` and weight decay.
 
     Class token, position table and patch embedding are layer 0, block i is layer i + 1, everything after is layer
-    depth + 1; the scale is layer_decay ** (depth + 1 - layer). 1-D tensors, class token and position table do not
-    decay. Source: the published fine-tuning of MAE; spec classify section 2.2.
+    depth + 1; the scale is layer_decay ** (depth + 1 - layer).
+
+    Args:
+        prefix: what the names of the ViT's own parameters begin with; all others are layer depth + 1.
+        decays: whether a parameter has weight decay; None: `decays_as_in_fine_tuning`.
+    Source: the published fine-tuning of MAE; spec classify section 2.2, spec detection section 5.2.
     """
+    rule = decays or decays_as_in_fine_tuning
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        layer = layer_of(name, depth)
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
-        group = groups.setdefault((layer, decays), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        layer = layer_of(name.removeprefix(prefix), depth) if name.startswith(prefix) else depth + 1
+        decayed = rule(name, parameter)
+        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decayed else 0.0
+        group = groups.setdefault((layer, decayed), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def decays_as_in_fine_tuning(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay for all but 1-D tensors, class token and position table."""
+    return parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
 
 
 def layer_of(name: str, depth: int) -> int:
