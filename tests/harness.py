@@ -310,8 +310,8 @@ def _run(message: dict[str, Any], rank: int) -> int:
 
 def _serve() -> None:
     import pretrain.run  # noqa: F401  imported once here, not in every child
-    import tests.faults  # noqa: F401
     import robustness.run  # noqa: F401
+    import tests.faults  # noqa: F401
     import transfer.classification.run  # noqa: F401
 
     say = os.fdopen(os.dup(1), "w")

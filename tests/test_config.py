@@ -21,15 +21,19 @@ from core.config import (
 )
 from core.errors import ConfigError
 from pretrain.settings import PretrainConfig
+from robustness.settings import RobustConfig
 from transfer.classification.settings import ClassifyConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "pretrain", "transfer", "robustness", "tools")
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
-STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a folder of recipes configures, and what it needs
+STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a recipe, or a folder of them, configures and needs
     "pretrain": (PretrainConfig, ()),
-    "demo": (PretrainConfig, ()),
+    "demo/pretrain": (PretrainConfig, ()),
+    "demo/finetune": (ClassifyConfig, ("backbone=z",)),
+    "demo/corruptions": (RobustConfig, ()),
     "transfer": (ClassifyConfig, ("backbone=z",)),
+    "robustness": (RobustConfig, ("model=z",)),
 }
 NEEDED = ("data=x", "out=y")
 
@@ -426,7 +430,8 @@ def test_any_text_survives_a_dump(write_yaml: WriteYaml, name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads_and_reads_back_the_same(write_yaml: WriteYaml, path: Path) -> None:
-    kind, needed = STAGES[path.parent.name]
+    folder = path.parent.name
+    kind, needed = STAGES[f"{folder}/{path.stem}" if folder == "demo" else folder]
     config = load_config(kind, path, [*NEEDED, *needed])
     assert (config.data, config.out) == ("x", Path("y"))
     assert load_config(kind, write_yaml(dump_config(config), "dumped.yaml")) == config
@@ -468,7 +473,7 @@ def unread_keys(model: type[BaseModel]) -> list[str]:
     return unread
 
 
-@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig])
+@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, RobustConfig])
 def test_every_key_is_read_somewhere(kind: type[Config]) -> None:
     assert unread_keys(kind) == []
 
