@@ -7,10 +7,12 @@ READY := .venv/ready
 
 venv: $(READY)
 
+# imagecorruptions carries the photographs of frost and is never imported: without its dependencies, which are many.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps imagecorruptions==1.1.2
 	touch $(READY)
 
 demo: venv

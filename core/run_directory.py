@@ -28,7 +28,6 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(path / LOCK_NAME)
-            (path / "checkpoints").mkdir(exist_ok=True)
         except MachineError:
             raise
         except OSError as error:

@@ -88,6 +88,7 @@ def claimed(
     def claim() -> None:
         directory = RunDirectory(config.out, config, harmless)
         note_run(config.out)
+        (directory.path / "checkpoints").mkdir(exist_ok=True)
         store = CheckpointStore(directory.path / "checkpoints", config.checkpoint, fs)
         writer.append(Writer(directory, store, RunLog(directory.path, config.log)))
         store.clean()

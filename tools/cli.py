@@ -24,6 +24,8 @@ app = typer.Typer(
     help="RC-MAE pretraining of Vision Transformers, and what they are worth on dense prediction and robustness.",
 )
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")]
+Resume = Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to start from.")]
 Nproc = Annotated[int, typer.Option(help="Processes on this machine; one per GPU. torchrun starts them.")]
 Nnodes = Annotated[int, typer.Option(help="Machines; the same command is given on each.")]
 Endpoint = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: one of them.")]
@@ -34,10 +36,8 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [ke
 @app.command()
 def pretrain(
     settings: Settings = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")
-    ] = False,
-    resume: Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to start from.")] = "auto",
+    dry_run: DryRun = False,
+    resume: Resume = "auto",
     nproc: Nproc = 1,
     nnodes: Nnodes = 1,
     rdzv_endpoint: Endpoint = None,
@@ -67,6 +67,75 @@ def pretrain(
 
 
 @app.command()
+def classify(
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Evaluate the classifier directory given as backbone=, and train nothing.")
+    ] = False,
+    resume: Resume = "auto",
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+) -> int:
+    """Fine-tune a backbone, or probe it with a linear layer or k-NN, on a labelled set; the same command goes on.
+
+    Example: rcmae classify configs/transfer/cifar10_finetune.yaml data=cifar10.tgz backbone=runs/cifar10_tiny/backbone
+    """
+    from tools.launch import Launch, launch
+
+    plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
+    if plan.size > 1 and not is_worker() and not dry_run:
+        flags = ["--eval"] if evaluate else []
+        return launch(plan, ["classify", *(settings or []), f"--resume={resume}", *flags])
+    from core.config import dump_config, load_config
+    from transfer.classification import run
+    from transfer.classification.settings import ClassifyConfig
+
+    config = load_config(ClassifyConfig, *_split(settings or []))
+    if dry_run:
+        print(dump_config(config))
+        print("\n".join(run.dry_run(config)))
+    elif evaluate:
+        run.evaluate(config)
+    else:
+        run.classify(config, resume)
+    return 0
+
+
+@app.command()
+def robust(
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+) -> int:
+    """Evaluate a classifier, or a backbone's features, on robustness benchmarks; the same command goes on.
+
+    Example: rcmae robust configs/robustness/cifar10_corruptions.yaml data=cifar10.tgz model=runs/finetune/classifier
+    """
+    from tools.launch import Launch, launch
+
+    plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
+    if plan.size > 1 and not is_worker() and not dry_run:
+        return launch(plan, ["robust", *(settings or [])])
+    from core.config import dump_config, load_config
+    from robustness import run
+    from robustness.settings import RobustConfig
+
+    config = load_config(RobustConfig, *_split(settings or []))
+    if dry_run:
+        print(dump_config(config))
+        print("\n".join(run.dry_run(config, plan.size)))
+        return 0
+    run.robust(config)
+    return 0
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or one checkpoint of it.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; default RUN/backbone_BRANCH.")] = None,
@@ -90,6 +159,34 @@ def convert(
     from tools.convert import convert_checkpoint
 
     print("\n".join(convert_checkpoint(source, out, branch, num_heads)))
+
+
+@app.command()
+def corrupt(
+    source: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER", help="A picture, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into; nothing in it is overwritten.")],
+    name: Annotated[
+        str | None, typer.Option(help="One of the 19 corruptions; left out: the contact sheet of all of them.")
+    ] = None,
+    severity: Annotated[int, typer.Option(help="1 to 5.")] = 3,
+    definition: Annotated[
+        str, typer.Option(help="imagenet_c, or imagecorruptions as detection benchmarks use it.")
+    ] = "imagenet_c",
+    seed: Annotated[int, typer.Option(help="Other draws for the same pictures.")] = 0,
+    textures: Annotated[
+        Path | None, typer.Option(help="Folder of frost1.png ... frost5.jpg; default: imagecorruptions' own.")
+    ] = None,
+    jpeg_step: Annotated[
+        bool, typer.Option("--jpeg-step", help="Code as JPEG of quality 85 afterwards, like ImageNet-C's files.")
+    ] = False,
+) -> None:
+    """Corrupt pictures as ImageNet-C does, into PNGs; or draw all corruptions of one picture.
+
+    Example: rcmae corrupt photo.jpg --out runs/corrupted --name fog --severity 3
+    """
+    from tools.corrupt import Recipe, corrupt_pictures
+
+    print(corrupt_pictures(source, out, name, Recipe(severity, definition, seed, textures, jpeg_step)))
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Time this suite beside a plain baseline, in turn, in one process.")
@@ -143,6 +240,27 @@ def bench_feed(
     from tools.bench_data import bench_feed as run
 
     run(*_split(settings or []), num_workers, seconds)
+
+
+@bench_app.command("corruptions")
+def bench_corruptions(
+    data: Annotated[str | None, typer.Argument(help="Photographs; drawn where none are given.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, of which one thread is used, or cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
+    definition: Annotated[
+        str, typer.Option(help="imagecorruptions, which the reference computes, or imagenet_c.")
+    ] = "imagecorruptions",
+    rounds: Rounds = 3,
+    reference: Annotated[bool, typer.Option(help="Install and run imagecorruptions beside it.")] = True,
+    work: Annotated[Path, typer.Option(help="Where photographs and its environment are made.")] = Path("runs/bench"),
+) -> None:
+    """The 19 corruptions beside the imagecorruptions package, ms per photograph.
+
+    Example: rcmae bench corruptions --device cuda --batch-size 256
+    """
+    from tools.bench_corruptions import bench_corruptions as run
+
+    run(data, work, device, batch_size, definition, rounds, reference)
 
 
 @bench_app.command("gpu")
