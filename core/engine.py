@@ -356,7 +356,7 @@ def _evaluate(task: Task, run: Fit, step: int) -> None:
         return
     if figures:
         run.log.metrics(step, figures)
-        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     for name, pixels in pictures.items():
         run.log.picture(step, name, pixels)
 

@@ -30,6 +30,8 @@ Nproc = Annotated[int, typer.Option(help="Processes on this machine; one per GPU
 Nnodes = Annotated[int, typer.Option(help="Machines; the same command is given on each.")]
 Endpoint = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: one of them.")]
 Restarts = Annotated[int, typer.Option(help="Times that the processes are started again after one died.")]
+Cache = Annotated[Path, typer.Option(help="Where compressed archives are unpacked.")]
+DEFAULT_CACHE = Path("~/.cache/rcmae")
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value ...]", show_default=False)]
 
 
@@ -102,6 +104,63 @@ def classify(
     else:
         run.classify(config, resume)
     return 0
+
+
+@app.command()
+def detect(
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Evaluate the detector directory given as backbone=, and train nothing.")
+    ] = False,
+    resume: Resume = "auto",
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+) -> int:
+    """Train a Mask R-CNN on a ViT on data in COCO's format; the same command goes on.
+
+    Example: rcmae detect configs/transfer/detect_tiny.yaml data=coco backbone=runs/photos/backbone
+    """
+    from tools.launch import Launch, launch
+
+    plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
+    if plan.size > 1 and not is_worker() and not dry_run:
+        flags = ["--eval"] if evaluate else []
+        return launch(plan, ["detect", *(settings or []), f"--resume={resume}", *flags])
+    from core.config import dump_config, load_config
+    from transfer.detection import run
+    from transfer.detection.settings import DetectConfig
+
+    config = load_config(DetectConfig, *_split(settings or []))
+    if dry_run:
+        print(dump_config(config))
+        print("\n".join(run.dry_run(config)))
+    elif evaluate:
+        run.evaluate_detector(config)
+    else:
+        run.detect(config, resume)
+    return 0
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A detector directory, as detect writes it.")],
+    images: Annotated[Path, typer.Argument(help="A photograph, a folder or a tar of them.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into; it must be empty.")],
+    min_score: Annotated[float, typer.Option(min=0, max=1, help="From which score on detections are drawn.")] = 0.5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Detect in photographs: COCO results as JSON, and pictures with boxes, masks, names and scores.
+
+    Example: rcmae predict runs/detect/detector my_photos --out runs/found
+    """
+    from tools.predict import predict as run
+
+    run(model, images, out, min_score, device, precision, cache.expanduser())
 
 
 @app.command()
@@ -189,6 +248,20 @@ def corrupt(
     print(corrupt_pictures(source, out, name, Recipe(severity, definition, seed, textures, jpeg_step)))
 
 
+@app.command()
+def doctor(settings: Settings = None) -> int:
+    """Look at a data set before training: what is wrong, and what training will do with each fault.
+
+    Exit code 0: it can be trained on; 3: it cannot. COCO's layout, or any COCO-format JSON and its image folder.
+    Example: rcmae doctor data=my_set; rcmae doctor train_json=a.json train_images=a val_json=b.json val_images=b
+    """
+    from core.config import load_config
+    from tools.doctor import DoctorConfig
+    from tools.doctor import doctor as run
+
+    return run(load_config(DoctorConfig, *_split(settings or [])))
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Time this suite beside a plain baseline, in turn, in one process.")
 app.add_typer(bench_app, name="bench")
 dynamics_app = typer.Typer(no_args_is_help=True, help="What the teacher does.")
@@ -196,8 +269,6 @@ app.add_typer(dynamics_app, name="dynamics")
 
 Rounds = Annotated[int, typer.Option(min=1, help="Times that each contestant runs.")]
 Workers = Annotated[int, typer.Option(min=0, help="Loader workers.")]
-Cache = Annotated[Path, typer.Option(help="Where compressed archives are unpacked.")]
-DEFAULT_CACHE = Path("~/.cache/rcmae")
 
 
 @bench_app.command("pretrain")

@@ -1,0 +1,1 @@
+"""From a backbone to boxes and masks: ViTDet Mask R-CNN and Cascade Mask R-CNN."""
