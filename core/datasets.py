@@ -125,7 +125,8 @@ def pick_split(source: ImageSource, names: tuple[str, ...]) -> ImageSource | Non
     split = source.subset(np.flatnonzero(np.array(folders) == found))
     if found in source.classes:  # without folders below, the splits themselves were taken for classes
         split = replace(split, labels=None, classes=())
-    return _with_classes(replace(split, origin=f"{source.origin} ({found})"))
+    split = _with_classes(replace(split, origin=f"{source.origin} ({found})"))
+    return replace(split, labels=None, classes=()) if split.classes == (found,) else split
 
 
 def labelled_pair(

@@ -108,7 +108,7 @@ def test_knn_of_two_processes_is_that_of_one(server: ForkServer, data: Path, bac
 
 
 def test_random_initialisation_is_said_and_differs(data: Path, backbone: Path, tmp_path: Path) -> None:
-    overrides = tiny_classification(data, tmp_path / "out", backbone, "knn", knn__k="[3]", init="random")
+    overrides = tiny_classification(data, tmp_path / "out", backbone, "knn", knn__k="[3]", init="random", seed=1)
     found = classify(load_config(ClassifyConfig, None, overrides))
     assert "random initialisation: no pretrained weights" in found["flags"]
     other = classify(
