@@ -209,15 +209,24 @@ def export(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of MAE, RC-MAE, timm or Hugging Face ViT-MAE.")],
-    out: Annotated[Path, typer.Argument(help="The backbone directory to write.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint of MAE, RC-MAE, timm, Hugging Face or ViTDet, or a detector directory."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The directory to write; of a detector directory a .safetensors file.")],
     branch: Annotated[str, typer.Option(help="teacher or student, for RC-MAE's files.")] = "teacher",
     num_heads: Annotated[int | None, typer.Option(help="For sizes that are not published ones.")] = None,
+    names_json: Annotated[
+        Path | None, typer.Option(help="COCO-format JSON that a ViTDet was trained on; default: COCO's 80 classes.")
+    ] = None,
 ) -> None:
-    """Turn a foreign checkpoint into a backbone directory and say what became of every tensor."""
+    """Turn a foreign checkpoint into a backbone or detector directory and say what became of every tensor.
+
+    A detector directory is turned into a file with detectron2's names.
+    """
     from tools.convert import convert_checkpoint
 
-    print("\n".join(convert_checkpoint(source, out, branch, num_heads)))
+    print("\n".join(convert_checkpoint(source, out, branch, num_heads, names_json)))
 
 
 @app.command()
@@ -332,6 +341,18 @@ def bench_corruptions(
     from tools.bench_corruptions import bench_corruptions as run
 
     run(data, work, device, batch_size, definition, rounds, reference)
+
+
+@bench_app.command("coco-eval")
+def bench_coco_eval(
+    images: Annotated[int, typer.Option(min=1, help="How many, made up.")] = 5000,
+    detections: Annotated[int, typer.Option(min=1, help="Of each image.")] = 100,
+    rounds: Rounds = 1,
+) -> None:
+    """COCO's average precision of boxes and masks beside pycocotools: the same numbers, sooner."""
+    from tools.bench_coco_eval import bench_coco_eval as run
+
+    run(images, detections, rounds)
 
 
 @bench_app.command("gpu")

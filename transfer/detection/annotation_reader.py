@@ -1,11 +1,9 @@
-"""Annotations of a COCO file, one by one: checked, kept in flat arrays, or dropped and counted by reason."""
+"""Annotations of a COCO file: what they refer to, then one by one kept in flat arrays, or dropped and counted."""
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +11,7 @@ from core.errors import shown
 from transfer.detection.coco import NUM_SHOWN, Annotations, Dropped, Id, id_of
 from transfer.detection.rle import BadMask, Rle, rasterised, rle_of, runs_of
 
+MAX_AREA_PX = 1e12  # more is as good as infinite
 MIN_SIDE_PX = 1e-5  # thinner is nothing; the same bound as after the augmentation
 
 NO_OUTLINE = "no segmentation"
@@ -33,168 +32,156 @@ class _Broken(Exception):  # noqa: N818  it ends an annotation, not a run
     """Why an annotation is dropped."""
 
 
-@dataclass
-class AnnotationReader:
-    """Takes annotations one by one, then gives the tables.
+class Referred(NamedTuple):
+    """An annotation whose image and category are known."""
 
-    Attributes:
-        rows: index of each image by its id.
-        label_of: label of each category by its id.
-        sizes: (height, width) of each image.
-        num_broken_parts: polygons left out of annotations that are kept for their other polygons.
+    image: int  # index of its image
+    label: int
+    where: str  # its place in the file, for messages
+    entry: dict[str, Any]
+
+
+class ReadAnnotations(NamedTuple):
+    """What became of all annotations; see `CocoSet` for what each is."""
+
+    annotations: Annotations
+    spans: np.ndarray
+    had_objects: np.ndarray
+    dropped: tuple[Dropped, ...]
+    num_broken_parts: int
+
+
+def refer(
+    entries: Sequence[Any], rows: Mapping[Id | None, int], label_of: Mapping[Id | None, int]
+) -> tuple[list[Referred], dict[str, list[str]]]:
+    """Look up image and category of each annotation.
+
+    Args:
+        rows: index of each image by its id. label_of: label of each category by its id.
+    Returns: the annotations by image, those of one image in the order of the file; places by broken rule, each of which
+        makes the file unusable. What is no JSON object is passed over here, and counted by `keep`.
     """
-
-    rows: Mapping[Id, int]
-    label_of: Mapping[Id, int]
-    sizes: Sequence[tuple[int, int]]
-    num_broken_parts: int = 0
-    _images: array = field(default_factory=lambda: array("q"))  # index of the image of each kept annotation
-    _labels: array = field(default_factory=lambda: array("l"))
-    _boxes: array = field(default_factory=lambda: array("d"))
-    _areas: array = field(default_factory=lambda: array("d"))
-    _crowd: array = field(default_factory=lambda: array("b"))
-    _parts: array = field(default_factory=lambda: array("q", [0]))
-    _ends: array = field(default_factory=lambda: array("q", [0]))
-    _points: array = field(default_factory=lambda: array("d"))
-    _rles: dict[int, Rle] = field(default_factory=dict)
-    _reasons: Counter[str] = field(default_factory=Counter)
-    _first: dict[str, list[str]] = field(default_factory=dict)
-    _had_objects: set[int] = field(default_factory=set)
-    _ids: set[Id] = field(default_factory=set)
-    _references: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, place: int, entry: Any) -> None:
-        """Keep one annotation, or count why not."""
+    referred: list[Referred] = []
+    broken: dict[str, list[str]] = {}
+    ids: set[Id] = set()
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            continue
         id_ = id_of(entry, "id")
         where = f"annotations[{place}]" if id_ is None else f"id {shown(str(id_))[:40]}"
-        try:
-            if not isinstance(entry, dict):
-                raise _Broken(NO_OBJECT)
-            image, label = self._refer(entry, id_, where)
-            if image is not None and label is not None:
-                self._keep(entry, image, label)
-        except _Broken as broken:
-            self._count(str(broken), where)
-
-    def _count(self, reason: str, where: str) -> None:
-        self._reasons[reason] += 1
-        if self._reasons[reason] <= NUM_SHOWN:
-            self._first.setdefault(reason, []).append(where)
-
-    def _refer(self, entry: dict[str, Any], id_: Id | None, where: str) -> tuple[int | None, int | None]:
-        """Index of the image and label, None where there is no such image or category."""
         if id_ is not None:
-            if id_ in self._ids:
-                self._references.setdefault("annotation ids that stand twice", []).append(where)
-            self._ids.add(id_)
-        found = []
-        for key, known in (("image_id", self.rows), ("category_id", self.label_of)):
-            other = id_of(entry, key)
-            index = None if other is None else known.get(other)
+            if id_ in ids:
+                broken.setdefault("annotation ids that stand twice", []).append(where)
+            ids.add(id_)
+        image, label = rows.get(id_of(entry, "image_id")), label_of.get(id_of(entry, "category_id"))
+        for key, index in (("image_id", image), ("category_id", label)):
             if index is None:
+                other = id_of(entry, key)
                 named = "none" if other is None else shown(str(other))[:40]
-                self._references.setdefault(f"annotations of an unknown {key}", []).append(f"{where} ({named})")
-            found.append(index)
-        if found[0] is not None:
-            self._had_objects.add(found[0])
-        return found[0], found[1]
+                broken.setdefault(f"annotations of an unknown {key}", []).append(f"{where} ({named})")
+        if image is not None and label is not None:
+            referred.append(Referred(image, label, where, entry))
+    return sorted(referred, key=lambda each: each.image), broken
 
-    def _keep(self, entry: dict[str, Any], image: int, label: int) -> None:
-        height, width = self.sizes[image]
+
+def keep(entries: Sequence[Any], referred: Sequence[Referred], sizes: Sequence[tuple[int, int]]) -> ReadAnnotations:
+    """Check every annotation; keep what is whole, count by reason what is not.
+
+    Args:
+        entries: of the file. referred: those of `refer`, by image. sizes: (height, width) of each image.
+    """
+    table = _Table()
+    places: dict[str, list[str]] = {}  # by reason
+    no_objects = [f"annotations[{place}]" for place, entry in enumerate(entries) if not isinstance(entry, dict)]
+    if no_objects:
+        places[NO_OBJECT] = no_objects
+    for each in referred:
+        try:
+            table.add(each, *sizes[each.image])
+        except _Broken as broken:
+            places.setdefault(str(broken), []).append(each.where)
+    counts = np.bincount(np.array(table.images, dtype=np.int64), minlength=len(sizes))
+    stops = np.cumsum(counts)
+    had_objects = np.zeros(len(sizes), dtype=bool)
+    had_objects[[each.image for each in referred]] = True
+    reasons = sorted(places, key=lambda reason: -len(places[reason]))
+    return ReadAnnotations(
+        annotations=table.annotations(),
+        spans=np.stack([stops - counts, stops], axis=1),
+        had_objects=had_objects,
+        dropped=tuple(Dropped(each, len(places[each]), tuple(places[each][:NUM_SHOWN])) for each in reasons),
+        num_broken_parts=table.num_broken_parts,
+    )
+
+
+class _Table:
+    """Kept annotations as flat arrays that grow."""
+
+    def __init__(self) -> None:
+        self.images, self.labels, self.crowd = array("q"), array("l"), array("b")
+        self.xywh, self.areas, self.points = array("d"), array("d"), array("d")
+        self.parts, self.ends = array("q", [0]), array("q", [0])
+        self.rles: dict[int, Rle] = {}
+        self.num_broken_parts = 0
+
+    def add(self, each: Referred, height: int, width: int) -> None:
+        """Keep one annotation of an image of height x width. Raises: _Broken."""
+        entry = each.entry
         crowd = entry.get("iscrowd", 0)
-        if crowd not in (0, 1):  # True and 1.0 are 1
+        if crowd not in (0, 1):  # true is 1
             raise _Broken(BAD_CROWD)
         box = _checked_box(entry.get("bbox"), height, width)
         outline = entry.get("segmentation")
+        polygons: list[list[float]] = []
+        rle = None
         if isinstance(outline, dict):
-            polygons, rle = [], _checked_rle(outline, height, width)
+            rle = _checked_rle(outline, height, width)
+            self.rles[len(self.images)] = rle
         else:
-            polygons, rle = self._checked_polygons(outline, height, width), None
-        self._images.append(image)
-        self._labels.append(label)
-        self._boxes.extend(box)
-        self._crowd.append(int(crowd))
-        self._areas.append(_area(entry.get("area"), polygons, rle, height, width))
+            polygons = _checked_polygons(outline, height, width)
+            self.num_broken_parts += len(outline or ()) - len(polygons)
+        self.images.append(each.image)
+        self.labels.append(each.label)
+        self.crowd.append(int(crowd))
+        self.xywh.extend(box)
+        self.areas.append(_area(entry.get("area"), polygons, rle, height, width))
         for polygon in polygons:
-            self._points.extend(polygon)
-            self._ends.append(len(self._points) // 2)
-        self._parts.append(len(self._ends) - 1)
-        if rle is not None:
-            self._rles[len(self._images) - 1] = rle
+            self.points.extend(polygon)
+            self.ends.append(len(self.points) // 2)
+        self.parts.append(len(self.ends) - 1)
 
-    def _checked_polygons(self, outline: Any, height: int, width: int) -> list[list[float]]:
-        """The whole polygons of an annotation. Raises: _Broken if there are none, or they cover nothing."""
-        if not outline:
-            raise _Broken(NO_OUTLINE)
-        if not isinstance(outline, list) or not all(isinstance(polygon, list) for polygon in outline):
-            raise _Broken(NO_SHAPE)
-        kept, last = [], ""
-        for polygon in outline:
-            fault = _polygon_fault(polygon, height, width)
-            if fault is None:
-                kept.append(polygon)
-            else:
-                last = fault
-        if not kept:
-            raise _Broken(last)
-        sides = []
-        for axis, length in ((0, width), (1, height)):
-            low = min(min(polygon[axis::2]) for polygon in kept)
-            high = max(max(polygon[axis::2]) for polygon in kept)
-            if low >= length or high <= 0:
-                raise _Broken(OUTSIDE)
-            sides.append(high - low)
-        if min(sides) <= MIN_SIDE_PX:
-            raise _Broken(NO_AREA)
-        self.num_broken_parts += len(outline) - len(kept)
-        return kept
-
-    def broken_references(self) -> dict[str, list[str]]:
-        """Places by rule, where ids are unknown or stand twice: each makes the file unusable."""
-        return self._references
-
-    def dropped(self) -> tuple[Dropped, ...]:
-        """What was left out, most frequent reason first."""
-        return tuple(
-            Dropped(reason, count, tuple(self._first[reason])) for reason, count in self._reasons.most_common()
-        )
-
-    def tables(self) -> tuple[Annotations, np.ndarray, np.ndarray]:
-        """The kept annotations by image; first and after-last of each image [N, 2]; which images had any [N]."""
-        images = np.array(self._images, dtype=np.int64)
-        order = np.argsort(images, kind="stable")
-        counts = np.bincount(images, minlength=len(self.sizes))
-        stops = np.cumsum(counts)
-        had_objects = np.zeros(len(self.sizes), dtype=bool)
-        had_objects[list(self._had_objects)] = True
-        return self._sorted(order), np.stack([stops - counts, stops], axis=1), had_objects
-
-    def _sorted(self, order: np.ndarray) -> Annotations:
-        first, ends = np.array(self._parts), np.array(self._ends)
-        parts = _in_order(first, order)  # polygons in the new order
-        rows = _in_order(ends, parts)  # points in the new order
-        place = np.argsort(order)
+    def annotations(self) -> Annotations:
+        """All that was kept."""
         return Annotations(
-            labels=np.array(self._labels, dtype=np.int32)[order],
-            xywh=np.array(self._boxes).reshape(-1, 4)[order],
-            areas=np.array(self._areas)[order],
-            crowd=np.array(self._crowd, dtype=bool)[order],
-            parts=_offsets(np.diff(first)[order]),
-            ends=_offsets(np.diff(ends)[parts]),
-            points=np.array(self._points).reshape(-1, 2)[rows],
-            rles={int(place[old]): rle for old, rle in self._rles.items()},
+            labels=np.array(self.labels, dtype=np.int32),
+            xywh=np.array(self.xywh).reshape(-1, 4),
+            areas=np.array(self.areas),
+            crowd=np.array(self.crowd, dtype=bool),
+            parts=np.array(self.parts),
+            ends=np.array(self.ends),
+            points=np.array(self.points).reshape(-1, 2),
+            rles=self.rles,
         )
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _in_order(offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Members offsets[g]:offsets[g+1] of the groups g in the given order, one after the other."""
-    counts = np.diff(offsets)[order]
-    begins = np.repeat(offsets[order] - _offsets(counts)[:-1], counts)
-    return begins + np.arange(counts.sum())
+def _checked_polygons(outline: Any, height: int, width: int) -> list[list[float]]:
+    """The whole polygons of an annotation. Raises: _Broken if there are none, or they cover nothing."""
+    if not outline:
+        raise _Broken(NO_OUTLINE)
+    if not isinstance(outline, list) or not all(isinstance(polygon, list) for polygon in outline):
+        raise _Broken(NO_SHAPE)
+    faults = [_polygon_fault(polygon, height, width) for polygon in outline]
+    whole = [polygon for polygon, fault in zip(outline, faults, strict=True) if fault is None]
+    if not whole:
+        raise _Broken(faults[0])
+    for axis, length in ((0, width), (1, height)):
+        low = min(min(polygon[axis::2]) for polygon in whole)
+        high = max(max(polygon[axis::2]) for polygon in whole)
+        if low >= length or high <= 0:
+            raise _Broken(OUTSIDE)
+        if high - low <= MIN_SIDE_PX:
+            raise _Broken(NO_AREA)
+    return whole
 
 
 def _checked_box(box: Any, height: int, width: int) -> list[float]:
@@ -246,7 +233,7 @@ def _number_fault(values: list[Any]) -> str | None:
 
 def _area(area: Any, polygons: list[list[float]], rle: Rle | None, height: int, width: int) -> float:
     """The annotated area, or where there is none that of the mask."""
-    if isinstance(area, int | float) and not isinstance(area, bool) and 0 <= area < math.inf:
+    if type(area) in {int, float} and 0 <= area < MAX_AREA_PX:
         return float(area)
     if rle is None:
         rle = rasterised([np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons], height, width)

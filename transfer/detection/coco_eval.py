@@ -21,7 +21,7 @@ from core.distributed import Processes
 from core.errors import DataError, shown
 from transfer.detection.coco import CocoSet, id_of
 from transfer.detection.inference import Detections
-from transfer.detection.rle import BadMask, compressed_rle, encode, rasterised
+from transfer.detection.rle import encode, first_bad, rasterised
 from transfer.detection.strict_json import read_json
 
 Engine = Literal["faster_coco_eval", "pycocotools"]
@@ -116,11 +116,16 @@ def read_results(path: Path, coco: CocoSet) -> list[Row]:
         if row is None:
             raise DataError(f"{shown(path)}: [{place}]: {fault}; expected {EXPECTED}")
         rows.append(row)
+    masks = [(place, row) for place, row in enumerate(rows) if row.mask is not None]
+    pixels = np.array([math.prod(coco.size(row.image)) for _, row in masks])
+    bad = first_bad([(row.mask or "").encode() for _, row in masks], pixels)
+    if bad is not None:
+        raise DataError(f"{shown(path)}: [{masks[bad][0]}]: segmentation: counts do not add up to the image")
     return sorted(rows, key=lambda row: row.image)
 
 
 def _row_of(entry: Any, images: Mapping[Any, int], labels: Mapping[Any, int], coco: CocoSet) -> tuple[str, Row | None]:
-    """What is wrong with a result entry, or its row."""
+    """What is wrong with a result entry, or its row, whose mask is yet to be checked."""
     image, label = images.get(id_of(entry, "image_id")), labels.get(id_of(entry, "category_id"))
     if image is None or label is None:
         return f"unknown {'image_id' if image is None else 'category_id'}", None
@@ -128,15 +133,11 @@ def _row_of(entry: Any, images: Mapping[Any, int], labels: Mapping[Any, int], co
     finite = all(type(number) in {int, float} and abs(number) < 1e9 for number in numbers)  # NaN is not below
     if len(numbers) != 5 or not finite or min(numbers[3:]) < 0:
         return "bbox and score are not five finite numbers with a width and height", None
-    mask = None
+    mask, size = None, list(coco.size(image))
     if (outline := entry.get("segmentation")) is not None:
-        try:
-            size = list(coco.size(image))
-            if not isinstance(outline, dict) or outline.get("size") != size or type(outline.get("counts")) is not str:
-                return f"segmentation is no compressed run lengths of size {size}", None
-            mask = compressed_rle(outline["counts"], *size).counts.decode("ascii")
-        except BadMask as error:
-            return f"segmentation: {error}", None
+        mask = outline.get("counts") if isinstance(outline, dict) and outline.get("size") == size else None
+        if not isinstance(mask, str) or not mask.isascii():
+            return f"segmentation is no compressed run lengths of size {size}", None
     score, x, y, w, h = map(float, numbers)
     return "", Row(image, label, score, (x, y, w, h), mask)
 
@@ -192,11 +193,10 @@ def _found(coco: CocoSet, rows: Sequence[Row], kind: str) -> Entry:
     if kind == "box":
         for entry, row in zip(entries, rows, strict=True):
             entry |= {"bbox": list(row.xywh), "area": row.xywh[2] * row.xywh[3]}
-    elif rows:
+    else:
         masks = [{"size": list(coco.size(row.image)), "counts": (row.mask or "").encode()} for row in rows]
-        areas = mask_api.area(masks).tolist()
-        for entry, mask, area in zip(entries, masks, areas, strict=True):
-            entry |= {"segmentation": mask, "area": area, "bbox": []}
+        for entry, mask in zip(entries, masks, strict=True):
+            entry |= {"segmentation": mask, "area": int(mask_api.area(mask)), "bbox": []}
     return {**_frame(coco), "annotations": entries}
 
 

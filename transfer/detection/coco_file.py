@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import DataError, shown
-from transfer.detection.annotation_reader import AnnotationReader
+from transfer.detection.annotation_reader import keep, refer
 from transfer.detection.coco import NUM_SHOWN, CocoSet, Id, id_of
 from transfer.detection.strict_json import read_json, whole_number
 
@@ -67,15 +67,13 @@ def read_coco(paths: CocoPaths) -> CocoSet:
     label_of, category_ids, names = _read_categories(tree["categories"], faults)
     images = _read_images(tree["images"], faults)
     faults.refuse(paths.json)  # what refers to them would only repeat it
-    rows = {image.id: row for row, image in enumerate(images)}
+    rows: dict[Id | None, int] = {image.id: row for row, image in enumerate(images)}
     sizes = np.array([(image.height, image.width) for image in images], dtype=np.int32)
-    reader = AnnotationReader(rows, label_of, sizes.tolist())
-    for place, entry in enumerate(tree["annotations"]):
-        reader.add(place, entry)
-    for rule, offenders in reader.broken_references().items():
-        faults.add(rule, offenders)
+    referred, broken = refer(tree["annotations"], rows, label_of)
+    for rule, places in broken.items():
+        faults.add(rule, places)
     faults.refuse(paths.json)
-    annotations, spans, had_objects = reader.tables()
+    read = keep(tree["annotations"], referred, sizes.tolist())
     return CocoSet(
         origin=paths.json,
         folder=paths.images,
@@ -84,11 +82,11 @@ def read_coco(paths: CocoPaths) -> CocoSet:
         names=names,
         file_names=np.array([image.file_name for image in images], dtype=np.bytes_),
         sizes=sizes,
-        spans=spans,
-        annotations=annotations,
-        had_objects=had_objects,
-        dropped=reader.dropped(),
-        num_broken_parts=reader.num_broken_parts,
+        spans=read.spans,
+        annotations=read.annotations,
+        had_objects=read.had_objects,
+        dropped=read.dropped,
+        num_broken_parts=read.num_broken_parts,
     )
 
 
@@ -130,7 +128,9 @@ def _require_coco(path: Path, tree: Any) -> None:
             raise DataError(f"{shown(path)}: {key}: an empty list; expected at least one")
 
 
-def _read_categories(entries: list[Any], faults: _Faults) -> tuple[dict[Id, int], tuple[Id, ...], tuple[str, ...]]:
+def _read_categories(
+    entries: list[Any], faults: _Faults
+) -> tuple[dict[Id | None, int], tuple[Id, ...], tuple[str, ...]]:
     """Label by id, ids ascending, and names in that order."""
     named: dict[Id, str] = {}
     for place, entry in enumerate(entries):

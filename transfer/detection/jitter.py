@@ -3,7 +3,7 @@
 Equal to detectron2's to the last pixel (RandomFlip, ResizeScale, FixedSizeCrop without padding; ResizeShortestEdge).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class JitterConfig(Config):
     max_scale: float = Field(2.0, gt=0)
     flip_ratio: float = Field(0.5, ge=0, le=1)  # share of images mirrored
 
-    def contradictions(self) -> Iterable[str]:  # type: ignore[override]
+    def contradictions(self) -> Iterator[str]:
         """Scales that are no range."""
         if self.min_scale > self.max_scale:
             yield f"min_scale: {self.min_scale:g} is above max_scale, {self.max_scale:g}"
@@ -65,8 +65,8 @@ class Geometry:
         """Large-scale jitter of an image of (height, width) into a square of `side`. Spec detection 1.2."""
         scale = config.min_scale + (config.max_scale - config.min_scale) * draws.scale
         resized = jittered_size(source, side, scale)
-        offset = tuple(round(max(length - side, 0) * draws.crop) for length in resized)
-        return Geometry(source, draws.flip < config.flip_ratio, resized, (offset[0], offset[1]), side)
+        y, x = (round(max(length - side, 0) * draws.crop) for length in resized)
+        return Geometry(source, draws.flip < config.flip_ratio, resized, (y, x), side)
 
     def pixels(self, pixels: np.ndarray, resample: Image.Resampling) -> np.ndarray:
         """Pixels [H, W(, 3)] uint8 of the source, as [h, w(, 3)] with h, w <= side."""

@@ -147,11 +147,40 @@ def decode(rle: Rle) -> np.ndarray:
 
 
 def encode(masks: Tensor) -> list[Rle]:
-    """Masks [N, H, W] of bool, run-length encoded. Turned to columns where they lie: a GPU does it in no time."""
-    _, height, width = masks.shape
-    columns = masks.bool().transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy()  # [N, W, H]
-    packed = mask_api.encode(columns.transpose(2, 1, 0)) if len(columns) else []  # of [H, W, N] in Fortran's order
-    return [Rle(height, width, each["counts"]) for each in packed]
+    """Masks [N, H, W] of bool, run-length encoded.
+
+    The runs are found where the masks lie, so that a GPU hands over a few thousand numbers instead of the pixels.
+    """
+    num_masks, height, width = masks.shape
+    flat = masks.bool().transpose(1, 2).reshape(num_masks, height * width)  # [N, W * H], down the columns
+    changes = torch.empty_like(flat)  # where a run begins; where a mask does, if with ones
+    changes[:, :1] = flat[:, :1]
+    torch.ne(flat[:, 1:], flat[:, :-1], out=changes[:, 1:])
+    changes = changes.flatten()  # on a CPU, NumPy finds them five times as fast
+    found = changes.nonzero().squeeze(1).cpu().numpy() if changes.is_cuda else np.flatnonzero(changes.numpy())
+    owner, place = np.divmod(found, height * width)
+    more = np.bincount(owner, minlength=num_masks)  # runs of each mask, less one
+    last = np.cumsum(more)
+    runs = np.insert(place, last, height * width) - np.insert(place, last - more, 0)  # [R]
+    return [Rle(height, width, counts) for counts in _compressed(runs, more + 1)] if num_masks else []
+
+
+def _compressed(runs: np.ndarray, num_runs: np.ndarray) -> list[bytes]:
+    """Runs [R] of masks one after the other, of `num_runs` [N] each, in COCO's characters."""
+    rank = np.arange(len(runs)) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)  # [R] within its mask
+    rest = runs - np.where(rank > 2, np.roll(runs, 2), 0)
+    characters = np.zeros((len(runs), MAX_CHARACTERS), np.uint8)
+    unfinished = np.ones(len(runs), bool)
+    for column in range(MAX_CHARACTERS):
+        bits = rest & 0x1F
+        rest >>= 5
+        continued = rest != np.where(bits & 0x10, -1, 0)
+        characters[:, column] = np.where(unfinished, (bits | (continued << 5)) + 48, 0)
+        unfinished &= continued
+    used = characters > 0
+    ends = np.cumsum(used.sum(axis=1))[np.cumsum(num_runs) - 1].tolist()  # of each mask in the text
+    text = characters[used].tobytes()
+    return [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def rasterised(polygons: Sequence[np.ndarray], height: int, width: int) -> Rle:

@@ -15,6 +15,7 @@ from core.errors import DataError, shown
 
 MAX_DEPTH = 100
 BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LONG_NUMBER = re.compile(r"\d{4000,}")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
@@ -71,8 +72,10 @@ def _parsed(path: Path, text: str, expected: str) -> Any:
         raise DataError(f"{shown(path)}: {_syntax_fault(text, error)}; expected {expected}") from None
     except RecursionError:
         raise DataError(f"{shown(path)}: byte {_too_deep(text)}: nested too deeply; expected {expected}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{shown(path)}: {shown(str(error)).partition(';')[0]}; expected {expected}") from None
+    except ValueError:  # the parser's only other one
+        number = _LONG_NUMBER.search(text)
+        byte = len(text[: number.start()].encode()) if number else 0
+        raise DataError(f"{shown(path)}: byte {byte}: a number of thousands of digits; expected {expected}") from None
     if repeated:
         place = next(place for place, value in _walk(tree) if value is repeated[0])
         raise DataError(f"{shown(path)}: {place}: the key {shown(repeated[0].key)!r} stands twice; keep one")
