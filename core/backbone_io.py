@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import CheckpointError, NumericError, RcmaeError, shown
 from core.files import FileSystem, replace_dir
@@ -183,6 +183,22 @@ def weights_digest(vit: ViT) -> str:
     for name, tensor in sorted(vit.state_dict().items()):
         digest.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load weights strictly.
+
+    Args:
+        name: of where they come from, for messages.
+    Raises: CheckpointError where one is missing, unknown or of another shape; NumericError where one is not finite.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: {shown(' '.join(str(error).split())[:200])}") from None
+    broken = next((key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()), None)
+    if broken:
+        raise NumericError(f"{name}: {shown(broken)} holds non-finite values; such weights are not loaded")
 
 
 def read_weights(path: Path) -> Any:

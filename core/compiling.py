@@ -10,6 +10,7 @@ from torch import nn
 
 from core.errors import ConfigError
 from core.task import Task
+from core.vit import Block
 
 Compile = Literal["auto", "on", "off"]
 
@@ -51,5 +52,5 @@ def compile_blocks(task: Task) -> None:
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a network: the members of its module lists."""
-    return [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
+    """The transformer blocks of a network. Heads of a detector are none: their inputs change shape with every image."""
+    return [child for child in module.modules() if isinstance(child, Block)]

@@ -53,7 +53,7 @@ class RunLog:
         self._metrics: Any = None
 
     def open(self, step: int, run_name: str, config: Mapping[str, Any]) -> None:
-        """Open the metric files for a run that goes on from `step`."""
+        """Open the metric files for a run that goes on from `step`; -1 for one that starts, with its step 0 to come."""
         path = self._folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]

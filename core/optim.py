@@ -49,6 +49,17 @@ def warmup_multistep(step: float, *, warmup_steps: float, start: float, mileston
     return (start * (1 - share) + share) * 0.1**dropped
 
 
+def warmup_poly(step: int, *, total_steps: int, warmup_steps: int, start: float = 1e-6, power: float = 1.0) -> float:
+    """What the rate is multiplied by at an optimizer step: a linear warm-up, then a polynomial that ends at 0.
+
+    The first step has the factor `start`; the last of the warm-up and the first after it have 1, the last of all has 0.
+    Source: mmsegmentation's 160k recipes; spec segmentation section 7.3.
+    """
+    if step < warmup_steps:
+        return start + (1 - start) * step / max(1, warmup_steps - 1)
+    return max(0.0, 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps - 1)) ** power
+
+
 def cosine_momentum(step: int, *, momentum: float, total_steps: int) -> float:
     """EMA momentum that rises from `momentum` at step 0 to 1 at `total_steps` along half a cosine (spec 4.1)."""
     return 1.0 + 0.5 * (momentum - 1.0) * (1.0 + math.cos(math.pi * step / total_steps))
@@ -63,7 +74,7 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     decayed: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+            (decayed if decays_but_biases(name, parameter) else plain).append(parameter)
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
@@ -97,6 +108,11 @@ def layer_decay_groups(
         group = groups.setdefault((layer, decayed), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def decays_but_biases(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay for all but 1-D tensors and biases."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def decays_as_in_fine_tuning(name: str, parameter: nn.Parameter) -> bool:

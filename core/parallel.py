@@ -20,7 +20,7 @@ from core.distributed import Processes, Tensors
 from core.task import Place, Task
 
 Mode = Literal["ddp", "fsdp2"]
-ENTRANCES = ("tokens", "feature_maps", "predict_all")  # besides forward, what tasks call on a network of theirs
+ENTRANCES = ("tokens", "feature_maps", "predict_all", "losses", "detect")  # besides forward, what tasks call
 
 
 class Parallel:

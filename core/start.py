@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,22 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
+from rich.console import Console
 
 from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, read_checkpoint
+from core.compiling import compile_blocks, compiles
 from core.config import Config, config_hash
 from core.datasets import ImageSource
 from core.distributed import Processes
-from core.engine import EngineConfig, Plan, choose_accumulation
+from core.engine import EngineConfig, Fit, Plan, choose_accumulation
 from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import Collate, EpochOrder, Feed, LoaderConfig, Prepare, TrainingImages, image_loader
 from core.log import LogConfig, RunLog
-from core.machine import available_bytes, code_digest, environment
+from core.machine import available_bytes, code_digest, environment, keep_freed_memory, seed_everything
+from core.parallel import Parallel
 from core.run_directory import RunDirectory
+from core.task import Task
 from core.worker import earlier_faults, note_run
 
 PROGRAM_BYTES = 700 * 2**20  # what the imported libraries take, measured
@@ -140,7 +144,7 @@ def open_log(writer: Writer | None, config: RunConfig, checkpoint: Checkpoint | 
         logger.warning("started again: %s", fault)
     path = writer.directory.path
     require_space(path, int(2.4 * checkpoint_bytes), "room for two checkpoints", None)
-    writer.log.open(checkpoint.step if checkpoint else 0, path.name, config.model_dump(mode="json"))
+    writer.log.open(checkpoint.step if checkpoint else -1, path.name, config.model_dump(mode="json"))
 
 
 def require_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, Any]) -> None:
@@ -152,6 +156,15 @@ def require_same_data(data: str, checkpoint: Checkpoint | None, now: dict[str, A
         raise DataError(
             f"{shown(data)}: {now['images']} images (list {now['fingerprint']}), but the run was "
             f"started with {before['images']} (list {before['fingerprint']}); bring those back, or give another out="
+        )
+
+
+def require_same_backbone(path: Path, checkpoint: Checkpoint | None, digest: str) -> None:
+    """Raise DataError if a run would go on from other weights than it was started from."""
+    if checkpoint is not None and checkpoint.manifest["info"]["backbone"] != digest:
+        raise DataError(
+            f"{shown(path)}: weights {digest}, but the run was started from "
+            f"{checkpoint.manifest['info']['backbone']}; bring that backbone back, or give another out="
         )
 
 
@@ -170,6 +183,57 @@ def run_info(config: RunConfig, device: torch.device, data: dict[str, Any]) -> d
         "config": config_hash(config),
         "data": data,
     }
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has its place, its data and its batches, and only lacks what is trained."""
+
+    config: RunConfig
+    plan: Plan
+    device: torch.device
+    processes: Processes
+    writer: Writer | None
+    console: Console
+    info: dict[str, Any]  # of `run_info`, and what else a stage puts into its manifests
+
+    def fit_of(
+        self,
+        task: Task,
+        optimizer: Callable[[], torch.optim.Optimizer],
+        lr_at: Callable[[int], float],
+        clip_grad: float | None,
+    ) -> Fit:
+        """All that `fit` needs: blocks compiled where that is wanted, then the task shared out, then its optimizer."""
+        config, info = self.config, dict(self.info)
+        if compiles(config.engine.compile, self.device):
+            compile_blocks(task)
+            info["compiled"] = True
+        parallel = Parallel(task, config.engine.parallel, self.processes)  # before the optimizer: FSDP2 has new tensors
+        return Fit(
+            plan=self.plan,
+            config=config.engine,
+            log_config=config.log,
+            checkpoint_config=config.checkpoint,
+            optimizer=optimizer(),
+            lr_at=lr_at,
+            clip_grad=clip_grad,
+            device=self.device,
+            processes=self.processes,
+            parallel=parallel,
+            store=self.writer.store if self.writer else None,
+            log=self.writer.log if self.writer else None,
+            console=self.console,
+            info=info,
+        )
+
+
+def begin(config: RunConfig, header: Sequence[str]) -> None:
+    """Seed the global generators, which nothing should draw from, and say what was decided."""
+    seed_everything(config.seed)
+    keep_freed_memory()
+    for line in header:
+        logger.info("%s", line)
 
 
 def choose_workers(config: LoaderConfig, device: torch.device, processes: Processes) -> int:

@@ -13,19 +13,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.attention import Attention, Grid, merge_windows, split_windows
 from core.config import Config
 
 LAYER_NORM_EPS = 1e-6
 
 
-Grid = tuple[int, int]  # patches per column and per row
-
-
 class ViTConfig(Config):
     """Sizes of a ViT. `img_size` is (height, width) in pixels, both divisible by `patch_size`.
 
-    The last four keys make the ViT of a detector out of it (ViTDet, arXiv:2203.16527): it has no class token and no
-    final norm, most blocks attend in windows, and all know relative positions.
+    `class_token` to `rel_pos_grid` make the ViT of a detector out of it (ViTDet, arXiv:2203.16527): it has no class
+    token and no final norm, most blocks attend in windows, and all know relative positions. The last three make that of
+    the published segmentation (spec segmentation section 1.1).
     """
 
     img_size: tuple[PositiveInt, PositiveInt]  # that the position table is made for
@@ -39,6 +38,9 @@ class ViTConfig(Config):
     window_size: PositiveInt | None = None  # side of the windows in patches; None: every block attends globally
     global_blocks: tuple[NonNegativeInt, ...] = ()  # blocks that attend globally although others have windows
     rel_pos_grid: tuple[PositiveInt, PositiveInt] | None = None  # grid that global relative positions are made for
+    rel_pos_bias: bool = False  # a bias per head and distance in every block, which binds the ViT to `img_size`
+    layer_scale: bool = False  # a factor per channel, one at first, on each branch of every block
+    final_norm: bool = True  # False: what follows has no use for one; a ViT without class token has none anyhow
 
     def contradictions(self) -> Iterator[str]:
         """Sizes that cannot hold together."""
@@ -51,6 +53,8 @@ class ViTConfig(Config):
             yield f"embed_dim={self.embed_dim} is not divisible by 4, as the sin-cos position table needs"
         if self.class_token and (self.window_size or self.rel_pos_grid):
             yield "class_token: has no place in windows or grids; false where window_size or rel_pos_grid is given"
+        if self.rel_pos_bias and not self.class_token:
+            yield "rel_pos_bias: knows a class token; class_token=false has rel_pos_grid"
         if self.global_blocks and not (self.window_size and max(self.global_blocks) < self.depth):
             yield f"global_blocks={list(self.global_blocks)}: needs window_size, and blocks below depth={self.depth}"
 
@@ -94,52 +98,6 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, fused; qkv channels are [q | k | v], each head-major.
-
-    With `table_grid` it knows decomposed relative positions: two tables `rel_pos_h`, `rel_pos_w`, shared by all heads,
-    zero at first (ViTDet, arXiv:2203.16527; spec detection section 2.4).
-    """
-
-    def __init__(self, dim: int, num_heads: int, table_grid: Grid | None = None) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.has_rel_pos = table_grid is not None
-        if table_grid is not None:
-            head_dim = dim // num_heads
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_grid[0] - 1, head_dim))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_grid[1] - 1, head_dim))
-
-    def forward(self, x: Tensor, num_queries: int | None = None, grid: Grid | None = None) -> Tensor:
-        """Attend over all N tokens of x [B, N, D]; with `num_queries` only the last so many query, and are returned.
-
-        Args:
-            grid: rows and columns of the tokens, which relative positions need: N = rows * columns.
-        """
-        if self.has_rel_pos:
-            assert grid is not None, "relative positions need a grid"
-            q, k, v = self._heads(self.qkv(x), 3)  # each [B, heads, N, D / heads]
-            q, k = with_relative_positions(q, k, self.rel_pos_h, self.rel_pos_w, grid)
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-            return self.proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
-        if num_queries is None:
-            q, k, v = self._heads(self.qkv(x), 3)
-        else:
-            dim = x.shape[-1]
-            q_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
-            q_bias, kv_bias = self.qkv.bias.split([dim, 2 * dim])
-            (q,) = self._heads(F.linear(x[:, -num_queries:], q_weight, q_bias), 1)
-            k, v = self._heads(F.linear(x, kv_weight, kv_bias), 2)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D / heads]
-        return self.proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
-
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        x = x.unflatten(-1, (parts, self.num_heads, -1))  # [B, N, parts, heads, D / heads]
-        return x.permute(2, 0, 3, 1, 4).unbind(0)  # parts x [B, heads, N, D / heads]
-
-
 class Mlp(nn.Module):
     """Two linear layers around an exact GELU."""
 
@@ -154,7 +112,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)); the attention may be in windows."""
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)); the attention may be in windows.
+
+    With `layer_scale` the branches are multiplied by `gamma_1` and `gamma_2`, a number per channel (arXiv:2103.17239).
+    """
 
     def __init__(
         self,
@@ -163,11 +124,15 @@ class Block(nn.Module):
         mlp_ratio: float,
         window_size: int | None = None,
         table_grid: Grid | None = None,
+        bias_grid: Grid | None = None,
+        layer_scale: bool = False,
     ) -> None:
         super().__init__()
-        self.window_size = window_size
+        self.window_size, self.layer_scale = window_size, layer_scale
+        if layer_scale:
+            self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads, table_grid)
+        self.attn = Attention(dim, num_heads, table_grid, bias_grid)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -186,10 +151,14 @@ class Block(nn.Module):
                 (`drop_path_scales`); None multiplies by nothing.
         """
         attended = self._attend(self.norm1(x), num_queries, grid)
+        if self.layer_scale:
+            attended = self.gamma_1 * attended
         if branch_scale is not None:
             attended = attended * branch_scale[0].to(attended.dtype)
         x = attended + (x if num_queries is None else x[:, -num_queries:])
         out = self.mlp(self.norm2(x))
+        if self.layer_scale:
+            out = self.gamma_2 * out
         return x + (out if branch_scale is None else out * branch_scale[1].to(out.dtype))
 
     def _attend(self, x: Tensor, num_queries: int | None, grid: Grid | None) -> Tensor:
@@ -212,12 +181,16 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, config.grid))
         self.patch_embed = PatchEmbed(config)
+        bias_grid = config.grid if config.rel_pos_bias else None
         self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, config.mlp_ratio, config.window_of(i), config.table_grid(i))
+            Block(
+                dim, config.num_heads, config.mlp_ratio, config.window_of(i), config.table_grid(i), bias_grid,
+                config.layer_scale,
+            )
             for i in range(config.depth)
-        )
-        if config.class_token:
-            self.norm: nn.Module = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        )  # fmt: skip
+        has_norm = config.class_token and config.final_norm
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if has_norm else nn.Identity()
         self.checkpointing = False  # recompute each block of `feature_maps` in the backward pass instead of keeping it
 
     def tokens(self, images: Tensor, ids_keep: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
@@ -242,6 +215,8 @@ class ViT(nn.Module):
         Args:
             branch_scales: [depth, 2, B, 1, 1] of `drop_path_scales`; None drops nothing.
         """
+        if self.config.rel_pos_bias and ids_keep is not None:
+            raise ValueError("encode: a ViT with rel_pos_bias sees all patches; ids_keep must be None")
         positions = self.pos_embed[0, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]  # [(B,) K, D]
         x = self._with_cls(self.patch_embed(patches) + positions, self.pos_embed)  # [B, 1 + K, D]
         for i, block in enumerate(self.blocks):
@@ -256,13 +231,17 @@ class ViT(nn.Module):
             block_ids: 0-based block indices; the order asked for is the order returned.
             branch_scales: [depth, 2, B, 1, 1] of `drop_path_scales`; None drops nothing.
         Returns: list of [B, D, H / P, W / P].
-        Raises: ValueError for a size that the patch does not divide, or an unknown block.
+        Raises: ValueError for a size that the patch does not divide, or that `rel_pos_bias` is not made for, and for an
+            unknown block.
         """
         unknown = [i for i in block_ids if not 0 <= i < len(self.blocks)]
         if unknown:
             raise ValueError(f"feature_maps: block_ids {unknown} are not in 0..{len(self.blocks) - 1}")
-        grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
         patches = patchify(images, self.config.patch_size)  # [B, L, P*P*C]
+        grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
+        if self.config.rel_pos_bias and grid != self.config.grid:
+            found, made_for = (f"{rows}x{columns}" for rows, columns in (grid, self.config.grid))
+            raise ValueError(f"feature_maps: rel_pos_bias is made for {made_for} patches, the images have {found}")
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
         x = self.patch_embed(patches) + pos_embed[:, 1:]  # [B, L, D]
         if self.config.class_token:
@@ -304,66 +283,6 @@ def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def with_relative_positions(
-    q: Tensor, k: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose plain product holds the scaled logits and the decomposed relative positions.
-
-    For a query at (i, j) and a key at (m, n) the logit is q.k / sqrt(d) + q.Rh[i - m] + q.Rw[j - n], with the unscaled
-    q in the last two. They are put into further channels: q.Rh[i - m] for every m, q.Rw[j - n] for every n, and for the
-    key a one at its own m and n. So no bias of the size of all pairs is ever made.
-
-    Args:
-        q, k: [B, heads, N, d] with N = rows * columns.
-        rel_pos_h, rel_pos_w: [2 * S - 1, d]; resized linearly where S is not the grid's.
-    Returns: both [B, heads, N, d + rows + columns], padded to a multiple of 8; attend with scale 1.
-    """
-    rows, columns = grid
-    by_row = relative_table(rel_pos_h, rows).to(q.dtype)  # [rows of queries, rows of keys, d]
-    by_column = relative_table(rel_pos_w, columns).to(q.dtype)
-    placed = q.unflatten(2, grid)  # [B, heads, rows, columns, d]
-    to_rows = torch.einsum("bhijd,imd->bhijm", placed, by_row).flatten(2, 3)  # [B, heads, N, rows]
-    to_columns = torch.einsum("bhijd,jnd->bhijn", placed, by_column).flatten(2, 3)  # [B, heads, N, columns]
-    cells = torch.arange(rows * columns, device=q.device)
-    ones = [F.one_hot(cells // columns, rows), F.one_hot(cells % columns, columns)]
-    place = torch.cat(ones, dim=1).to(k.dtype).expand(*k.shape[:2], -1, -1)  # [B, heads, N, rows + columns]
-    pad = -(q.shape[-1] + rows + columns) % 8  # fused kernels want it
-    q = torch.cat([q * q.shape[-1] ** -0.5, to_rows, to_columns], dim=-1)
-    return F.pad(q, (0, pad)), F.pad(torch.cat([k, place], dim=-1), (0, pad))
-
-
-def relative_table(table: Tensor, side: int) -> Tensor:
-    """Rows of a relative position table [2 * S - 1, d] by query and key along one axis: [side, side, d].
-
-    Entry (i, m) is that of distance i - m. A table made for another side is resized linearly (spec detection 2.4).
-    """
-    length = 2 * side - 1
-    if len(table) != length:
-        table = F.interpolate(table.T.unsqueeze(0), size=length, mode="linear")[0].T  # [2 * side - 1, d]
-    place = torch.arange(side, device=table.device)
-    return table[place[:, None] - place[None, :] + side - 1]
-
-
-def split_windows(x: Tensor, grid: Grid, side: int) -> Tensor:
-    """Tokens [B, N, D] of a grid cut into windows, row-major: [B * windows, side * side, D].
-
-    The grid is padded with zeros at the bottom and right; as published these take part in the attention unmasked.
-    """
-    B, _, D = x.shape
-    rows, columns = (-(-n // side) for n in grid)
-    x = F.pad(x.unflatten(1, grid), (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
-    x = x.view(B, rows, side, columns, side, D).transpose(2, 3)  # [B, rows, columns, side, side, D]
-    return x.reshape(-1, side * side, D)
-
-
-def merge_windows(windows: Tensor, grid: Grid, side: int) -> Tensor:
-    """Inverse of `split_windows`; the padding is dropped: [B, N, D]."""
-    rows, columns = (-(-n // side) for n in grid)
-    x = windows.view(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
-    x = x.reshape(len(x), rows * side, columns * side, -1)
-    return x[:, : grid[0], : grid[1]].flatten(1, 2)  # [B, N, D]
 
 
 def drop_path_scales(rate: float, depth: int, batch_size: int, generator: torch.Generator) -> Tensor:

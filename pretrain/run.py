@@ -9,22 +9,22 @@ from rich.console import Console
 
 from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint
-from core.compiling import compile_blocks, compiles
 from core.config import config_hash
 from core.datasets import TRAIN_NAMES, ImageSource, open_images, pick_split
 from core.distributed import Planned, Processes, joined
-from core.engine import Fit, Progress, fit
+from core.engine import Progress, fit
 from core.errors import shown
 from core.features import FeatureExtractor
 from core.files import FileSystem
 from core.loader import Feed, StreamedImages, stream_loader
 from core.log import console_logging, draw_curves, read_metrics
-from core.machine import git_commit, keep_freed_memory, seed_everything
+from core.machine import git_commit
 from core.optim import adamw, decay_groups, warmup_cosine
-from core.parallel import Parallel
 from core.start import (
+    Begun,
     Writer,
     agree_on_run,
+    begin,
     claimed,
     data_facts,
     image_feed,
@@ -89,41 +89,23 @@ def _run(
     setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None, processes: Processes, console: Console
 ) -> dict[str, Any]:
     config, plan = setting.config, setting.plan
-    seed_everything(config.seed)
-    keep_freed_memory()
-    for line in header(setting):
-        logger.info("%s", line)
+    begin(config, header(setting))
     info = run_info(config, setting.device, _data_facts(config, setting.source))
     require_same_data(config.data, checkpoint, info["data"])
     state_bytes = checkpoint_bytes(setting.vit, setting.decoder, config.method == "rc_mae")
     processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
     task = build_task(setting, processes)
-    compiled = compiles(config.engine.compile, setting.device)
-    if compiled:
-        compile_blocks(task)
-        info["compiled"] = True
-    parallel = Parallel(task, config.engine.parallel, processes)
-    run = Fit(
-        plan=plan,
-        config=config.engine,
-        log_config=config.log,
-        checkpoint_config=config.checkpoint,
-        optimizer=adamw(decay_groups(task.named_parameters(), config.weight_decay), config.optim),
-        lr_at=lambda step: warmup_cosine(
+    run = Begun(config, plan, setting.device, processes, writer, console, info).fit_of(
+        task,
+        lambda: adamw(decay_groups(task.named_parameters(), config.weight_decay), config.optim),
+        lambda step: warmup_cosine(
             plan.epoch(step),
             lr=setting.lr,
             epochs=plan.epochs,
             warmup_epochs=config.warmup_epochs,
             min_lr=config.optim.min_lr,
         ),
-        clip_grad=config.optim.clip_grad,
-        device=setting.device,
-        processes=processes,
-        parallel=parallel,
-        store=writer.store if writer else None,
-        log=writer.log if writer else None,
-        console=console,
-        info=info,
+        config.optim.clip_grad,
     )
     feed = _build_feed(setting, checkpoint, processes)
     progress = fit(task, feed, checkpoint, run)

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from core.backbone_io import CONFIG, WEIGHTS, read_weights, timm_architecture
-from core.errors import CheckpointError, NumericError, shown
+from core.backbone_io import CONFIG, WEIGHTS, fill, read_weights, timm_architecture
+from core.errors import CheckpointError, shown
 from core.files import FileSystem, replace_dir
 from core.vit import LAYER_NORM_EPS, ViT, ViTConfig
 
@@ -153,12 +153,5 @@ def load_classifier(folder: Path) -> LoadedClassifier:
         raise CheckpointError(f"{shown(folder / CONFIG)}: not a classifier's description: {first}") from None
     provenance = {key: value for key, value in ours.items() if key not in {"vit", "pool"}}
     model = Classifier(config, len(classes), pool)
-    state = read_weights(folder / WEIGHTS)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{name}: {shown(' '.join(str(error).split())[:200])}") from None
-    broken = next((key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()), None)
-    if broken:
-        raise NumericError(f"{name}: {shown(broken)} holds non-finite values; such weights are not loaded")
+    fill(model, read_weights(folder / WEIGHTS), name)
     return LoadedClassifier(model, classes, mean, std, crop_ratio, provenance)

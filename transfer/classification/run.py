@@ -11,28 +11,29 @@ from rich.console import Console
 
 from core.backbone_io import load_backbone, stored_normalization, weights_digest
 from core.checkpoint import Checkpoint
-from core.compiling import compile_blocks, compiles
 from core.config import config_hash
 from core.datasets import VAL_NAMES, ImageSource, labelled_by_file, labelled_pair, matched, open_images, pick_split
 from core.distributed import Processes, joined
-from core.engine import Fit, Progress, fit
+from core.engine import Progress, fit
 from core.errors import ConfigError, DataError, shown
 from core.features import FeatureExtractor
 from core.files import FileSystem, replace_file
 from core.knn import knn_classify, topk_accuracy_pct
 from core.log import console_logging, draw_curves, read_metrics
-from core.machine import choose_device, git_commit, keep_freed_memory, seed_everything
+from core.machine import choose_device, git_commit
 from core.optim import LARS, adamw, layer_decay_groups, warmup_cosine
-from core.parallel import Parallel
 from core.plots import plot
 from core.start import (
+    Begun,
     Writer,
     agree_on_run,
+    begin,
     choose_workers,
     claimed,
     data_facts,
     image_feed,
     open_log,
+    require_same_backbone,
     require_same_data,
     run_info,
     starting_point,
@@ -80,10 +81,7 @@ def classify(config: ClassifyConfig, resume: str = "auto", fs: FileSystem | None
             checkpoint = starting_point(writer, resume, config.out, processes)
             normalization = stored_normalization(config.backbone)
             setting = settle(config, backbone, facts["backbone"], sets, normalization, checkpoint, processes)
-            seed_everything(config.seed)
-            keep_freed_memory()
-            for line in header(setting):
-                logger.info("%s", line)
+            begin(config, header(setting))
             if config.protocol == "knn":
                 return _knn(setting, writer, processes)
             return _train(setting, checkpoint, writer, processes, console)
@@ -179,39 +177,21 @@ def _train(
     assert plan is not None and trained is not None, "k-NN trains nothing"
     info = run_info(config, setting.device, data_facts(setting.train)) | {"backbone": setting.digest}
     require_same_data(config.data, checkpoint, info["data"])
-    if checkpoint is not None and checkpoint.manifest["info"]["backbone"] != setting.digest:
-        raise DataError(
-            f"{shown(config.backbone)}: weights {setting.digest}, but the run was started from "
-            f"{checkpoint.manifest['info']['backbone']}; bring that backbone back, or give another out="
-        )
+    require_same_backbone(config.backbone, checkpoint, setting.digest)
     state_bytes = checkpoint_bytes(config, setting.vit, len(setting.train.classes))
     processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
     task = build_task(setting, processes)
-    if compiles(config.engine.compile, setting.device):
-        compile_blocks(task)
-        info["compiled"] = True
-    parallel = Parallel(task, config.engine.parallel, processes)
-    run = Fit(
-        plan=plan,
-        config=config.engine,
-        log_config=config.log,
-        checkpoint_config=config.checkpoint,
-        optimizer=_optimizer(setting, task),
-        lr_at=lambda step: warmup_cosine(
+    run = Begun(config, plan, setting.device, processes, writer, console, info).fit_of(
+        task,
+        lambda: _optimizer(setting, task),
+        lambda step: warmup_cosine(
             plan.epoch(step),
             lr=setting.lr,
             epochs=plan.epochs,
             warmup_epochs=trained.warmup_epochs,
             min_lr=config.finetune.optim.min_lr if config.protocol == "finetune" else config.linprobe.min_lr,
         ),
-        clip_grad=config.finetune.optim.clip_grad if config.protocol == "finetune" else None,
-        device=setting.device,
-        processes=processes,
-        parallel=parallel,
-        store=writer.store if writer else None,
-        log=writer.log if writer else None,
-        console=console,
-        info=info,
+        config.finetune.optim.clip_grad if config.protocol == "finetune" else None,
     )
     feed = image_feed(
         setting.train, config, plan, _prepare(setting), collate, setting.vit.in_chans, setting.num_workers,
