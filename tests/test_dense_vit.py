@@ -10,17 +10,8 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from core.vit import (
-    Block,
-    ViT,
-    ViTConfig,
-    drop_path_scales,
-    merge_windows,
-    relative_table,
-    resize_pos_embed,
-    split_windows,
-    with_relative_positions,
-)
+from core.attention import merge_windows, relative_table, split_windows, with_relative_positions
+from core.vit import Block, ViT, ViTConfig, drop_path_scales, resize_pos_embed
 
 DENSE = {"class_token": False, "window_size": 3, "global_blocks": (1, 3), "rel_pos_grid": (8, 8)}
 
