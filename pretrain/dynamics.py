@@ -135,5 +135,7 @@ def draw_dynamics(rows: Sequence[Mapping[str, float]], path: Path, title: str) -
                 axes.legend(fontsize=8)
             if panel.startswith("cosines"):
                 axes.axhline(0, color="grey", linewidth=0.8)
-            if panel.startswith("effective"):  # so close to constant that an offset would be all that is seen
+            if panel.startswith("effective"):  # else rounding in its seventh digit would fill the panel
+                low, high = axes.get_ylim()
+                axes.set_ylim(min(low, (low + high) / 2 - 0.005), max(high, (low + high) / 2 + 0.005))
                 axes.ticklabel_format(useOffset=False)
