@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ForkServer
-from tests.tiny import draw_images, tiny_backbone
+from tests.tiny import draw_coco, draw_images, tiny_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +31,12 @@ def server() -> Iterator[ForkServer]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 small images in two class folders."""
     return draw_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen scenes to learn from and five to evaluate on, in COCO's layout."""
+    return draw_coco(tmp_path_factory.mktemp("world") / "world")
 
 
 @pytest.fixture(scope="session")

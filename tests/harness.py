@@ -279,6 +279,22 @@ def _classify(overrides: list[str], fs: FileSystem) -> None:
     classify(load_config(ClassifyConfig, None, overrides), fs=fs)
 
 
+def _detect(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from transfer.detection.run import detect
+    from transfer.detection.settings import DetectConfig
+
+    detect(load_config(DetectConfig, None, overrides), fs=fs)
+
+
+def _evaluate_detector(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from transfer.detection.run import evaluate_detector
+    from transfer.detection.settings import DetectConfig
+
+    evaluate_detector(load_config(DetectConfig, None, overrides))
+
+
 def _robust(overrides: list[str], fs: FileSystem) -> None:
     from core.config import load_config
     from robustness.run import robust
@@ -287,7 +303,13 @@ def _robust(overrides: list[str], fs: FileSystem) -> None:
     robust(load_config(RobustConfig, None, overrides), fs=fs)
 
 
-STAGES = {"pretrain": _pretrain, "classify": _classify, "robust": _robust}  # what can be killed, by its verb
+STAGES = {  # what can be killed, by its verb
+    "pretrain": _pretrain,
+    "classify": _classify,
+    "detect": _detect,
+    "detect --eval": _evaluate_detector,
+    "robust": _robust,
+}
 
 
 def _run(message: dict[str, Any], rank: int) -> int:
@@ -312,7 +334,8 @@ def _serve() -> None:
     import pretrain.run  # noqa: F401  imported once here, not in every child
     import robustness.run  # noqa: F401
     import tests.faults  # noqa: F401
-    import transfer.classification.run  # noqa: F401
+    import transfer.classification.run
+    import transfer.detection.run  # noqa: F401
 
     say = os.fdopen(os.dup(1), "w")
     print("ready", file=say, flush=True)

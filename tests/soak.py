@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.harness import ForkServer, Run, fresh, kill, started
 from tests.test_resume import digest, spoil, steps_logged
-from tests.tiny import draw_images, tiny_backbone, tiny_classification, tiny_overrides
+from tests.tiny import draw_coco, draw_images, tiny_backbone, tiny_classification, tiny_detection, tiny_overrides
 
 # Every trainable stage adds itself here with one line: its verb, and what makes it small.
 STAGES = {
@@ -30,6 +30,8 @@ STAGES = {
     "RC-MAE, own masks, cosine": ("pretrain", {"teacher__mask": "own", "teacher__schedule": "cosine"}),
     "fine-tuning": ("classify", {"protocol": "finetune"}),
     "linear probe": ("classify", {"protocol": "linprobe"}),
+    "Mask R-CNN": ("detect", {}),
+    "Cascade Mask R-CNN": ("detect", {"detector__cascade": True}),
 }
 COUNTED = (
     "campaigns", "attempts", "kills", "kills at a crash point", "agent kills", "workers killed under the launcher",
@@ -72,6 +74,9 @@ class Campaign:
         if self.verb == "pretrain":
             return tiny_overrides(self.data, out, **self.changes)
         changes = dict(self.changes)
+        if self.verb == "detect":
+            changes["steps"] = changes.pop("epochs")
+            return tiny_detection(self.data.parent / "world" / "coco", out, self.data.parent / "backbone", **changes)
         changes[f"{changes['protocol']}__epochs"] = changes.pop("epochs")
         return tiny_classification(self.data, out, self.data.parent / "backbone", **changes)
 
@@ -228,6 +233,7 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="rcmae-soak-"))
     data, rng, counts = draw_images(work / "data"), random.Random(options.seed), Counter()
     tiny_backbone(work / "backbone")
+    draw_coco(work / "world")
     sizes: Counter = Counter()
     print(f"soak for {options.minutes:g} minutes, seed {options.seed}", flush=True)
     begun = time.monotonic()

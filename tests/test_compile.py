@@ -13,6 +13,7 @@ from core.errors import ConfigError
 from core.flags import FlagReader
 from core.parallel import full
 from pretrain.settings import PretrainConfig
+from tests.test_detection_model import tiny_detector
 from tests.tiny import tiny_overrides
 from tools.bench import random_batch, suite_run
 
@@ -56,6 +57,12 @@ def test_every_block_is_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     wanted = [b for n in (task.student, task.teacher) for b in (*n.blocks, *n.decoder_blocks)]  # type: ignore[union-attr]
     assert {id(block) for block in seen} == {id(block) for block in wanted}
     assert len(seen) == 6
+
+
+def test_heads_of_a_detector_are_no_blocks() -> None:
+    """What they are given changes shape with every image: each would be compiled again and again."""
+    model = tiny_detector(with_cascade=True)
+    assert compiling.blocks(model) == list(model.backbone.vit.blocks)
 
 
 def test_when_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

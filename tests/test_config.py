@@ -23,6 +23,7 @@ from core.errors import ConfigError
 from pretrain.settings import PretrainConfig
 from robustness.settings import RobustConfig
 from transfer.classification.settings import ClassifyConfig
+from transfer.detection.settings import DetectConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "pretrain", "transfer", "robustness", "tools")
@@ -33,6 +34,7 @@ STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a recipe, or
     "demo/finetune": (ClassifyConfig, ("backbone=z",)),
     "demo/corruptions": (RobustConfig, ()),
     "transfer": (ClassifyConfig, ("backbone=z",)),
+    "transfer/detect": (DetectConfig, ("backbone=z",)),  # recipes whose name begins so
     "robustness": (RobustConfig, ("model=z",)),
 }
 NEEDED = ("data=x", "out=y")
@@ -431,7 +433,8 @@ def test_any_text_survives_a_dump(write_yaml: WriteYaml, name: str) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads_and_reads_back_the_same(write_yaml: WriteYaml, path: Path) -> None:
     folder = path.parent.name
-    kind, needed = STAGES[f"{folder}/{path.stem}" if folder == "demo" else folder]
+    names = (f"{folder}/{path.stem}", f"{folder}/{path.stem.partition('_')[0]}", folder)
+    kind, needed = next(STAGES[name] for name in names if name in STAGES)
     config = load_config(kind, path, [*NEEDED, *needed])
     assert (config.data, config.out) == ("x", Path("y"))
     assert load_config(kind, write_yaml(dump_config(config), "dumped.yaml")) == config
@@ -473,7 +476,7 @@ def unread_keys(model: type[BaseModel]) -> list[str]:
     return unread
 
 
-@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, RobustConfig])
+@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, DetectConfig, RobustConfig])
 def test_every_key_is_read_somewhere(kind: type[Config]) -> None:
     assert unread_keys(kind) == []
 

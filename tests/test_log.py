@@ -34,6 +34,15 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.25)]
 
 
+def test_a_run_that_died_before_its_first_checkpoint_logs_its_start_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = run_log(tmp_path)
+        log.open(-1, "run", {})
+        log.metrics(0, {"eval/loss": 1.0})
+        log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
 def test_metrics_are_strict_json_even_when_not_finite(tmp_path: Path) -> None:
     log = run_log(tmp_path)
     log.open(0, "run", {})

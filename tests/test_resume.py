@@ -133,7 +133,8 @@ def test_all_checkpoints_damaged_is_never_a_fresh_start(server: ForkServer, data
 
 
 def spoil(checkpoint: Path, damage: str) -> None:
-    weights, manifest = checkpoint / "student.safetensors", checkpoint / "manifest.json"
+    networks = sorted(path for path in checkpoint.glob("*.safetensors") if path.name != "optimizer.safetensors")
+    weights, manifest = networks[0], checkpoint / "manifest.json"
     data = weights.read_bytes()
     if damage == "truncated":
         weights.write_bytes(data[: len(data) // 2])

@@ -57,6 +57,28 @@ def tiny_classification(
     return _as_overrides(values, changes)
 
 
+def draw_coco(root: Path) -> Path:
+    """Sixteen drawn scenes to learn from, one of them empty, and five to evaluate on, in COCO's layout."""
+    from tools.world import draw_world
+
+    draw_world(root, num_train=64, num_val=20, object_size_px=16, scene_size_px=32)
+    return root / "coco"
+
+
+def tiny_detection(data: Path, out: Path, backbone: Path, **changes: object) -> list[str]:
+    """Overrides of a detection run of six steps on the fifteen images of `draw_coco` that hold anything."""
+    values: dict[str, object] = {
+        "data": data, "out": out, "cache": out.parent / "cache", "backbone": backbone, "img_size": 32, "batch_size": 4,
+        "steps": 6, "warmup_steps": 2, "window_size": 3, "global_blocks": [1], "optim.lr": 1e-3,
+        "detector.channels": 8, "detector.rpn.num_convs": 1, "detector.rpn.batch_size_per_image": 32,
+        "detector.rpn.post_nms_topk_train": 40, "detector.rpn.post_nms_topk_test": 20, "detector.roi.num_box_convs": 1,
+        "detector.roi.box_fc_dim": 16, "detector.roi.num_mask_convs": 1, "detector.roi.batch_size_per_image": 16,
+        "detector.roi.detections_per_image": 6, "checkpoint.every_steps": 2, "log.every_steps": 1,
+        "log.tensorboard": False, "log.curves": False, "loader.num_workers": 0, "device": "cpu",
+    }  # fmt: skip
+    return _as_overrides(values, changes)
+
+
 def _as_overrides(values: dict[str, object], changes: dict[str, object]) -> list[str]:
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]

@@ -10,7 +10,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def bench_pretrain(path: Path | None, overrides: list[str], batch_sizes: Sequenc
     rows: list[Row] = []
     for batch_size in batch_sizes:
         found = [*_contestants(config, device, batch_size)]
-        _race(found, device, rounds)
+        race(found, device, rounds)
         rows += found
         for row in found:
             row.step = nothing  # lets go of its networks
@@ -97,16 +97,27 @@ def _contestants(config: PretrainConfig, device: torch.device, batch_size: int) 
     }
     if config.engine.compile == "on" or compiles(config.engine.compile, device):
         builders[SUITE] = lambda: _suite(config, device, batch, compiled=True)
+    yield from contestants(builders, batch_size, device)
+
+
+def contestants(
+    builders: Mapping[str, Callable[[], Callable[[], None]]], images: int, device: torch.device
+) -> Iterator[Row]:
+    """Every one of these that fits into the memory, after its first steps.
+
+    Args:
+        builders: by name, what makes a step of `images` images.
+    """
     for name, build in builders.items():
         try:
             held = _held_bytes(device)
-            row = Row(name, batch_size, build(), keeps_memory=name in (EAGER, SUITE))
+            row = Row(name, images, build(), keeps_memory=name in (EAGER, SUITE))
             keep_freed_memory(row.keeps_memory)
             for _ in range(2):
                 row.step()
             row.peak_bytes = _peak_bytes(row.step, device, held)
         except torch.OutOfMemoryError:
-            print(f"{name}, batch {batch_size}: out of memory")
+            print(f"{name}, batch {images}: out of memory")
             continue
         yield row
 
@@ -183,7 +194,7 @@ def _plain(config: PretrainConfig, device: torch.device, batch: PretrainBatch, f
     return step
 
 
-def _race(rows: Sequence[Row], device: torch.device, rounds: int) -> None:
+def race(rows: Sequence[Row], device: torch.device, rounds: int) -> None:
     """Let each do its steps in turn, about a second at a time."""
     times = {row.name: max(1, round(1 / seconds_of(row.step, 1, device))) for row in rows}
     for turn in range(rounds):

@@ -343,6 +343,23 @@ def bench_corruptions(
     run(data, work, device, batch_size, definition, rounds, reference)
 
 
+@bench_app.command("detect")
+def bench_detect(
+    settings: Settings = None,
+    model: Annotated[str, typer.Option(help="A published size of ViT: tiny, small, base, large or huge.")] = "base",
+    batch_sizes: Annotated[str, typer.Option(metavar="N[,N...]", help="Images per training step, each tried.")] = "1",
+    rounds: Rounds = 3,
+) -> None:
+    """Training steps and inference of a detector beside a plain one; the default is ViTDet-B at 1024 px.
+
+    Example: rcmae bench detect configs/transfer/detect_tiny.yaml --model tiny --batch-sizes 4
+    """
+    from tools.bench_detect import bench_detect as run
+
+    path, overrides = _split(settings or [])
+    run(path, overrides, model, _numbers("--batch-sizes", batch_sizes, least=1), rounds)
+
+
 @bench_app.command("coco-eval")
 def bench_coco_eval(
     images: Annotated[int, typer.Option(min=1, help="How many, made up.")] = 5000,

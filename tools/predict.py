@@ -46,7 +46,6 @@ def predict(
         device = choose_device(device_name)
         loaded.model.to(device)
         source = _open(images, cache)
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
         results: list[dict[str, Any]] = []
         entries: list[dict[str, Any]] = []
         for index in track(range(len(source)), "detecting"):
@@ -60,6 +59,7 @@ def predict(
             results += _results(index, found, loaded)
             picture = draw_detections(image, found, loaded.names, min_score)
             target = out / "pictures" / f"{index:06d}_{_safe(source.name(index))}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
             replace_file(target, encode_jpeg(picture.contiguous(), quality=92).numpy().tobytes())
         if not entries:
             raise DataError(f"{shown(images)}: no image in it could be read")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors.torch import save
 
-from core.backbone_io import CONFIG, WEIGHTS, read_weights
-from core.errors import CheckpointError, NumericError, shown
+from core.backbone_io import CONFIG, WEIGHTS, fill, read_weights
+from core.errors import CheckpointError, shown
 from core.files import FileSystem, replace_dir
 from core.vit import ViT, ViTConfig
 from transfer.detection.coco import Id
@@ -83,14 +82,7 @@ def load_detector(folder: Path) -> LoadedDetector:
         first = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise CheckpointError(f"{shown(folder / CONFIG)}: not a detector's description: {first}") from None
     model = build_mask_rcnn(ViT(vit), config)
-    state = read_weights(folder / WEIGHTS)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{name}: {shown(' '.join(str(error).split())[:200])}") from None
-    broken = next((key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()), None)
-    if broken:
-        raise NumericError(f"{name}: {shown(broken)} holds non-finite values; such weights are not loaded")
+    fill(model, read_weights(folder / WEIGHTS), name)
     described = {"kind", "vit", "detector", "names", "category_ids", "side"}
     provenance = {key: value for key, value in ours.items() if key not in described}
     return LoadedDetector(model, names, category_ids, side, provenance)

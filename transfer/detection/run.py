@@ -13,37 +13,39 @@ from torch import Tensor
 
 from core.backbone_io import load_backbone, weights_digest
 from core.checkpoint import Checkpoint
-from core.compiling import compile_blocks, compiles
 from core.config import config_hash
 from core.distributed import Processes, joined
-from core.engine import Fit, Progress, autocast, fit
+from core.engine import Progress, autocast, fit
 from core.errors import DataError, shown
 from core.files import FileSystem, replace_file
 from core.loader import EvalBatch
 from core.log import console_logging, draw_curves, read_metrics
-from core.machine import choose_device, git_commit, keep_freed_memory, seed_everything
-from core.optim import adamw, layer_decay_groups, warmup_multistep
-from core.parallel import Parallel
+from core.machine import choose_device, git_commit
+from core.optim import adamw, warmup_multistep
 from core.start import (
+    Begun,
     Writer,
     agree_on_run,
+    begin,
     choose_workers,
     claimed,
     image_feed,
     open_log,
+    require_same_backbone,
     require_same_data,
     run_info,
     starting_point,
 )
-from core.vit import ViT, ViTConfig
+from core.vit import ViT
 from transfer.detection.coco import CocoSet, training_set
 from transfer.detection.coco_eval import Row, evaluate, result_entries
 from transfer.detection.coco_file import coco_paths, read_coco
 from transfer.detection.data import Collate, PrepareDetection, detection_batch, evaluation_images, normalized
+from transfer.detection.dense_vit import dense_vit
 from transfer.detection.detector import LoadedDetector, export_detector, load_detector
 from transfer.detection.draw import draw_detections, tiled
 from transfer.detection.mask_rcnn import MaskRCNN, build_mask_rcnn
-from transfer.detection.settings import HARMLESS_KEYS, DetectConfig, Setting, decays, header, settle
+from transfer.detection.settings import HARMLESS_KEYS, DetectConfig, Setting, header, parameter_groups, settle
 from transfer.detection.tasks import CocoEvaluator, DetectionTask
 
 PATHS = ("backbone", "train_json", "train_images", "val_json", "val_images")
@@ -70,10 +72,7 @@ def detect(config: DetectConfig, resume: str = "auto", fs: FileSystem | None = N
         with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
             checkpoint = starting_point(writer, resume, config.out, processes)
             setting = settle(config, vit, digest, sets, checkpoint, processes)
-            seed_everything(config.seed)
-            keep_freed_memory()
-            for line in header(setting):
-                logger.info("%s", line)
+            begin(config, header(setting))
             return _train(setting, checkpoint, writer, processes, console)
 
 
@@ -145,25 +144,6 @@ def _open_backbone(config: DetectConfig) -> tuple[ViT, str]:
     return dense_vit(plain, config), weights_digest(plain)
 
 
-def dense_vit(plain: ViT, config: DetectConfig) -> ViT:
-    """A pretrained ViT with windows and relative positions; its class token and final norm stay behind."""
-    sizes = plain.config
-    side = config.img_size // sizes.patch_size
-    blocks = config.global_blocks or tuple(-(-sizes.depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4))
-    dense = ViTConfig(
-        **sizes.model_dump(exclude={"class_token", "window_size", "global_blocks", "rel_pos_grid"}),
-        class_token=False,
-        window_size=config.window_size,
-        global_blocks=tuple(sorted(set(blocks))) if config.window_size else (),
-        rel_pos_grid=(side, side) if config.rel_pos else None,
-    )
-    vit = ViT(dense)
-    known = plain.state_dict()
-    vit.load_state_dict({name: known.get(name, tensor) for name, tensor in vit.state_dict().items()})
-    vit.checkpointing = config.activation_checkpointing
-    return vit
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -173,33 +153,15 @@ def _train(
     config, plan = setting.config, setting.plan
     info = run_info(config, setting.device, _facts(setting.train)) | {"backbone": setting.digest}
     require_same_data(config.data, checkpoint, info["data"])
-    if checkpoint is not None and checkpoint.manifest["info"]["backbone"] != setting.digest:
-        raise DataError(
-            f"{shown(config.backbone)}: weights {setting.digest}, but the run was started from "
-            f"{checkpoint.manifest['info']['backbone']}; bring that backbone back, or give another out="
-        )
+    require_same_backbone(config.backbone, checkpoint, setting.digest)
     task = build_task(setting, processes)
     state_bytes = 3 * 4 * sum(parameter.numel() for _, parameter in task.named_parameters())
     processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
-    if compiles(config.engine.compile, setting.device):
-        compile_blocks(task)
-        info["compiled"] = True
-    parallel = Parallel(task, config.engine.parallel, processes)
-    run = Fit(
-        plan=plan,
-        config=config.engine,
-        log_config=config.log,
-        checkpoint_config=config.checkpoint,
-        optimizer=_optimizer(setting, task),
-        lr_at=_rate(config),
-        clip_grad=config.optim.clip_grad,
-        device=setting.device,
-        processes=processes,
-        parallel=parallel,
-        store=writer.store if writer else None,
-        log=writer.log if writer else None,
-        console=console,
-        info=info,
+    run = Begun(config, plan, setting.device, processes, writer, console, info).fit_of(
+        task,
+        lambda: adamw(parameter_groups(config, task.model), config.optim),
+        _rate(config),
+        config.optim.clip_grad,
     )
     prepare = PrepareDetection(setting.train, config.img_size, config.jitter)
     feed = image_feed(
@@ -230,15 +192,6 @@ def build_task(setting: Setting, processes: Processes) -> DetectionTask:
     return DetectionTask(
         model.to(setting.device), config.drop_path, config.seed, evaluator, lambda model: _draw(setting, model)
     )
-
-
-def _optimizer(setting: Setting, task: DetectionTask) -> torch.optim.Optimizer:
-    config = setting.config
-    groups = layer_decay_groups(
-        task.named_parameters(), setting.vit.config.depth, config.layer_decay, config.weight_decay,
-        prefix="backbone.vit.", decays=lambda name, p: decays(config.decay_rule, task.model, name, p),
-    )  # fmt: skip
-    return adamw(groups, config.optim)
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from core.checkpoint import Checkpoint
 from core.cost import BF16_SHARE, encoder_parameters, held_values
 from core.distributed import Processes
 from core.engine import Plan, uses_bf16
-from core.errors import ConfigError, shown
+from core.errors import DataError, shown
 from core.machine import choose_device
-from core.optim import OptimConfig
+from core.optim import OptimConfig, layer_decay_groups
 from core.start import RunConfig, accumulation_of, batch_line, choose_workers, require_batch
 from core.vit import ViT, ViTConfig
 from transfer.detection.coco import CocoSet
 from transfer.detection.jitter import JitterConfig
-from transfer.detection.mask_rcnn import DetectorConfig
+from transfer.detection.mask_rcnn import DetectorConfig, MaskRCNN
 
 # Where the images lie may change when a run goes on; that they are the same is checked.
 HARMLESS_KEYS = (*start.HARMLESS_KEYS, "backbone", "train_json", "train_images", "val_json", "val_images")
@@ -62,6 +62,7 @@ class DetectConfig(RunConfig):
     window_size: PositiveInt | None = 14  # None: every block attends globally
     global_blocks: tuple[NonNegativeInt, ...] | None = None  # None: the last block of each quarter
     rel_pos: bool = True
+    patch_size: PositiveInt | None = None  # resample the backbone's patches to this side; None: as they are
     activation_checkpointing: bool = False
     eval_precision: Literal["fp32", "bf16"] = "fp32"  # published: float32 without autocast
     detector: DetectorConfig = DetectorConfig()  # num_classes is that of the annotations
@@ -87,6 +88,14 @@ class DetectConfig(RunConfig):
         if self.milestones is not None:
             return self.milestones
         return int(self.steps * 8 / 9 + 0.5), int(self.steps * 26 / 27)
+
+
+def parameter_groups(config: DetectConfig, model: MaskRCNN) -> list[dict]:
+    """AdamW's groups: rates that fall from block to block towards the image, weight decay by `decay_rule`."""
+    return layer_decay_groups(
+        model.named_parameters(), model.backbone.vit.config.depth, config.layer_decay, config.weight_decay,
+        prefix="backbone.vit.", decays=lambda name, parameter: decays(config.decay_rule, model, name, parameter),
+    )  # fmt: skip
 
 
 def decays(rule: DecayRule, model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -127,12 +136,17 @@ def settle(
     checkpoint: Checkpoint | None,
     processes: Processes,
 ) -> Setting:
-    """Work out device, batches and workers. Raises: ConfigError where data, batch and processes do not fit together."""
+    """Work out device, batches and workers.
+
+    Raises: ConfigError where data, batch and processes do not fit together, DataError where the two sets do not.
+    """
     device = choose_device(config.device, processes.local_rank)
     train, val = sets
     if train.names != val.names:
         odd = sorted(set(train.names) ^ set(val.names))[:3] or ["their ids differ"]
-        raise ConfigError(f"{shown(val.origin)}: other categories than in {shown(train.origin)}: {', '.join(odd)}")
+        raise DataError(
+            f"{shown(val.origin)}: other categories than in {shown(train.origin)}: {', '.join(map(shown, odd))}"
+        )
     require_batch(config, len(train))
     detector = config.detector.model_copy(update={"num_classes": len(train.names)})
     per_image, fixed = memory_bytes(config, vit.config, detector, device)
