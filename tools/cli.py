@@ -16,6 +16,20 @@ import typer
 
 from core.errors import OUT_OF_MEMORY, ConfigError, MachineError, Preempted, RcmaeError, machine_error, shown
 from core.worker import is_worker, leave
+from tools import cli_bench
+from tools.cli_options import (
+    DEFAULT_CACHE,
+    Cache,
+    DryRun,
+    Endpoint,
+    Nnodes,
+    Nproc,
+    Restarts,
+    Resume,
+    Settings,
+    numbers,
+    split,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -23,16 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="RC-MAE pretraining of Vision Transformers, and what they are worth on dense prediction and robustness.",
 )
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, and stop.")]
-Resume = Annotated[str, typer.Option(help="auto, never, or the folder of a checkpoint to start from.")]
-Nproc = Annotated[int, typer.Option(help="Processes on this machine; one per GPU. torchrun starts them.")]
-Nnodes = Annotated[int, typer.Option(help="Machines; the same command is given on each.")]
-Endpoint = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: one of them.")]
-Restarts = Annotated[int, typer.Option(help="Times that the processes are started again after one died.")]
-Cache = Annotated[Path, typer.Option(help="Where compressed archives are unpacked.")]
-DEFAULT_CACHE = Path("~/.cache/rcmae")
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value ...]", show_default=False)]
 
 
 @app.command()
@@ -58,7 +62,7 @@ def pretrain(
     from pretrain import run
     from pretrain.settings import PretrainConfig
 
-    path, overrides = _split(settings or [])
+    path, overrides = split(settings or [])
     config = load_config(PretrainConfig, path, overrides)
     if dry_run:
         print(dump_config(config))
@@ -95,7 +99,7 @@ def classify(
     from transfer.classification import run
     from transfer.classification.settings import ClassifyConfig
 
-    config = load_config(ClassifyConfig, *_split(settings or []))
+    config = load_config(ClassifyConfig, *split(settings or []))
     if dry_run:
         print(dump_config(config))
         print("\n".join(run.dry_run(config)))
@@ -133,7 +137,7 @@ def detect(
     from transfer.detection import run
     from transfer.detection.settings import DetectConfig
 
-    config = load_config(DetectConfig, *_split(settings or []))
+    config = load_config(DetectConfig, *split(settings or []))
     if dry_run:
         print(dump_config(config))
         print("\n".join(run.dry_run(config)))
@@ -185,7 +189,7 @@ def robust(
     from robustness import run
     from robustness.settings import RobustConfig
 
-    config = load_config(RobustConfig, *_split(settings or []))
+    config = load_config(RobustConfig, *split(settings or []))
     if dry_run:
         print(dump_config(config))
         print("\n".join(run.dry_run(config, plan.size)))
@@ -268,119 +272,12 @@ def doctor(settings: Settings = None) -> int:
     from tools.doctor import DoctorConfig
     from tools.doctor import doctor as run
 
-    return run(load_config(DoctorConfig, *_split(settings or [])))
+    return run(load_config(DoctorConfig, *split(settings or [])))
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Time this suite beside a plain baseline, in turn, in one process.")
-app.add_typer(bench_app, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 dynamics_app = typer.Typer(no_args_is_help=True, help="What the teacher does.")
 app.add_typer(dynamics_app, name="dynamics")
-
-Rounds = Annotated[int, typer.Option(min=1, help="Times that each contestant runs.")]
-Workers = Annotated[int, typer.Option(min=0, help="Loader workers.")]
-
-
-@bench_app.command("pretrain")
-def bench_pretrain(
-    settings: Settings = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="N[,N...]", help="Images per step, each tried.")] = "16",
-    rounds: Rounds = 5,
-) -> None:
-    """Whole RC-MAE steps beside the published step; the default is ViT-S/16 at 224 px.
-
-    Example: rcmae bench pretrain model=base --batch-sizes 256,512
-    """
-    from tools.bench import bench_pretrain as run
-
-    path, overrides = _split(settings or [])
-    run(path, overrides, _numbers("--batch-sizes", batch_sizes, least=1), rounds)
-
-
-@bench_app.command("loader")
-def bench_loader(
-    data: Annotated[str, typer.Argument(help="Folder or tar of images.")],
-    img_size: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 224,
-    num_workers: Workers = 1,
-    rounds: Rounds = 5,
-    cache: Cache = DEFAULT_CACHE,
-) -> None:
-    """Reading, decoding and cropping beside PIL with torchvision's transforms."""
-    from tools.bench_data import bench_loader as run
-
-    run(data, img_size, num_workers, rounds, cache.expanduser())
-
-
-@bench_app.command("feed")
-def bench_feed(
-    settings: Settings = None,
-    num_workers: Workers = 16,
-    seconds: Annotated[float, typer.Option(min=1, help="About how long it takes.")] = 60,
-) -> None:
-    """Training steps fed from disk beside the same steps on a batch in place; needs data=..."""
-    from tools.bench_data import bench_feed as run
-
-    run(*_split(settings or []), num_workers, seconds)
-
-
-@bench_app.command("corruptions")
-def bench_corruptions(
-    data: Annotated[str | None, typer.Argument(help="Photographs; drawn where none are given.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, of which one thread is used, or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
-    definition: Annotated[
-        str, typer.Option(help="imagecorruptions, which the reference computes, or imagenet_c.")
-    ] = "imagecorruptions",
-    rounds: Rounds = 3,
-    reference: Annotated[bool, typer.Option(help="Install and run imagecorruptions beside it.")] = True,
-    work: Annotated[Path, typer.Option(help="Where photographs and its environment are made.")] = Path("runs/bench"),
-) -> None:
-    """The 19 corruptions beside the imagecorruptions package, ms per photograph.
-
-    Example: rcmae bench corruptions --device cuda --batch-size 256
-    """
-    from tools.bench_corruptions import bench_corruptions as run
-
-    run(data, work, device, batch_size, definition, rounds, reference)
-
-
-@bench_app.command("detect")
-def bench_detect(
-    settings: Settings = None,
-    model: Annotated[str, typer.Option(help="A published size of ViT: tiny, small, base, large or huge.")] = "base",
-    batch_sizes: Annotated[str, typer.Option(metavar="N[,N...]", help="Images per training step, each tried.")] = "1",
-    rounds: Rounds = 3,
-) -> None:
-    """Training steps and inference of a detector beside a plain one; the default is ViTDet-B at 1024 px.
-
-    Example: rcmae bench detect configs/transfer/detect_tiny.yaml --model tiny --batch-sizes 4
-    """
-    from tools.bench_detect import bench_detect as run
-
-    path, overrides = _split(settings or [])
-    run(path, overrides, model, _numbers("--batch-sizes", batch_sizes, least=1), rounds)
-
-
-@bench_app.command("coco-eval")
-def bench_coco_eval(
-    images: Annotated[int, typer.Option(min=1, help="How many, made up.")] = 5000,
-    detections: Annotated[int, typer.Option(min=1, help="Of each image.")] = 100,
-    rounds: Rounds = 1,
-) -> None:
-    """COCO's average precision of boxes and masks beside pycocotools: the same numbers, sooner."""
-    from tools.bench_coco_eval import bench_coco_eval as run
-
-    run(images, detections, rounds)
-
-
-@bench_app.command("gpu")
-def bench_gpu(
-    data: Annotated[str | None, typer.Argument(help="Photographs for the loader; drawn where none are given.")] = None,
-    work: Annotated[Path, typer.Option(help="Where they are drawn.")] = Path("runs/bench"),
-) -> None:
-    """Every GPU row of docs/benchmarks.md in under ten minutes."""
-    from tools.bench_data import bench_gpu as run
-
-    run(data, work)
 
 
 @app.command()
@@ -398,14 +295,14 @@ def compare(
     from tools.compare import METHODS
     from tools.compare import compare as run
 
-    path, overrides = _split(settings or [])
+    path, overrides = split(settings or [])
     if path is None:
         raise ConfigError("compare: needs a recipe, as in rcmae compare configs/pretrain/cifar10_tiny.yaml data=...")
     chosen = methods.split(",")
     unknown = [name for name in chosen if name not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {shown(unknown[0])}: expected any of {', '.join(METHODS)}")
-    run(path, overrides, out, _numbers("--seeds", seeds, least=0), chosen, jobs)
+    run(path, overrides, out, numbers("--seeds", seeds, least=0), chosen, jobs)
 
 
 @dynamics_app.command("linear")
@@ -426,20 +323,6 @@ def demo(
     from tools.demo import run_demo
 
     run_demo(out)
-
-
-def _split(settings: list[str]) -> tuple[Path | None, list[str]]:
-    paths = [text for text in settings if "=" not in text]
-    if len(paths) > 1:
-        raise ConfigError(f"command line: {shown(paths[1])}: expected one CONFIG.yaml, then key=value")
-    return (Path(paths[0]) if paths else None), [text for text in settings if "=" in text]
-
-
-def _numbers(option: str, text: str, least: int) -> list[int]:
-    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
-    if min(numbers) < least:
-        raise ConfigError(f"{option} {shown(text)}: expected whole numbers from {least}, as in 1,2")
-    return numbers
 
 
 def main() -> None:
