@@ -70,12 +70,12 @@ def test_kills_and_crash_points(server: ForkServer, data: Path, backbone: Path, 
     begun = time.perf_counter()
     assert run(server, tiny_classification(data, reference, backbone, protocol, **epochs), log) == 0, log.read_text()
     whole, rng = time.perf_counter() - begun, random.Random(0)
+    points = int(Path(f"{log}.points").read_text())  # of the writer, in a run that nothing disturbs
     overrides = tiny_classification(data, out, backbone, protocol, **epochs)
     for _ in range(4):
         kill_after(server, overrides, log, rng.uniform(0.1, 0.4) * whole, stage="classify")
     assert run(server, overrides, log) == 0, log.read_text()
     assert_whole(out, reference)
-    points = int(Path(f"{log}.points").read_text())
     for point in rng.sample(range(1, points), 4):
         assert (
             run(server, tiny_classification(data, fresh(out), backbone, protocol, **epochs), log, crash_at=point) == -9

@@ -19,7 +19,7 @@ from tools.doctor import DoctorConfig, doctor
 
 def examined(root: Path, **settings: Any) -> tuple[int, str]:
     text = io.StringIO()
-    code = doctor(DoctorConfig(data=root, **settings), Console(file=text, width=240))
+    code = doctor(DoctorConfig(data=root, **settings), Console(file=text, width=600))
     return code, text.getvalue()
 
 
