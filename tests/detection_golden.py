@@ -1,32 +1,22 @@
 """Reference results of the detector, and ground truth made from them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from core.vit import ViT
+from tests.golden_files import Golden, part, read_golden
 from transfer.detection.mask_rcnn import DetectorConfig, MaskRCNN, build_mask_rcnn
 from transfer.detection.targets import Targets
 from transfer.detection.weights import from_detectron2, sizes_of
 
-Golden = dict[str, Tensor]
-
 
 def load_golden(shared: Path, name: str) -> tuple[Golden, dict[str, Any]]:
     """Tensors of a file (float16 as float32) and its metadata."""
-    with safe_open(shared / "golden" / f"detection_{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  a file, not a dictionary
-        meta = json.loads(file.metadata()["golden"])
-    return {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}, meta
-
-
-def part(golden: Golden, prefix: str) -> Golden:
-    return {key.removeprefix(prefix): tensor for key, tensor in golden.items() if key.startswith(prefix)}
+    return read_golden(shared, f"detection_{name}")
 
 
 def fixed_permutation(n: int) -> Tensor:

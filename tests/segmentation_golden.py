@@ -1,31 +1,21 @@
 """Reference results of the segmentor, and networks made from their weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from core.vit import ViT
+from tests.golden_files import Golden, part, read_golden
 from transfer.segmentation.segmentor import Segmentor, SegmentorConfig, build_segmentor
 from transfer.segmentation.weights import from_mmseg, sizes_of
 
-Golden = dict[str, Tensor]
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 
 
 def load_golden(shared: Path, name: str) -> tuple[Golden, dict[str, Any]]:
     """Tensors of a file (float16 as float32) and its metadata."""
-    with safe_open(shared / "golden" / f"segmentation_{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  a file, not a dictionary
-        meta = json.loads(file.metadata()["golden"])
-    return {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}, meta
-
-
-def part(golden: Golden, prefix: str) -> Golden:
-    return {key.removeprefix(prefix): tensor for key, tensor in golden.items() if key.startswith(prefix)}
+    return read_golden(shared, f"segmentation_{name}")
 
 
 def segmentor_of(golden: Golden, meta: dict[str, Any]) -> Segmentor:

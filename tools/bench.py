@@ -30,6 +30,8 @@ from core.log import LogConfig
 from core.machine import choose_device, environment, keep_freed_memory
 from core.optim import adamw, decay_groups
 from core.parallel import Parallel
+from core.start import RunConfig
+from core.task import Task
 from core.transforms import normalize
 from pretrain.cost import step_flops
 from pretrain.data import PretrainBatch
@@ -144,14 +146,29 @@ def suite_run(
     task = build_task(Setting(config, vit, decoder, device, None, batch_size, plan, 0), processes)
     if compiled:
         compile_blocks(task)
-    return task, Fit(
+    optimizer = adamw(decay_groups(task.named_parameters(), config.weight_decay), config.optim)
+    return task, bench_fit(task, config, plan, optimizer, LR, config.optim.clip_grad, device, processes)
+
+
+def bench_fit(
+    task: Task,
+    config: RunConfig,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    clip_grad: float | None,
+    device: torch.device,
+    processes: Processes,
+) -> Fit:
+    """All that `train_step` needs without a run directory: nothing is logged or saved, and the rate is `lr`."""
+    return Fit(
         plan=plan,
         config=config.engine,
         log_config=LogConfig(),
         checkpoint_config=CheckpointConfig(),
-        optimizer=adamw(decay_groups(task.named_parameters(), config.weight_decay), config.optim),
-        lr_at=lambda step: LR,
-        clip_grad=config.optim.clip_grad,
+        optimizer=optimizer,
+        lr_at=lambda step: lr,
+        clip_grad=clip_grad,
         device=device,
         processes=processes,
         parallel=Parallel(task, config.engine.parallel, processes),

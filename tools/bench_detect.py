@@ -10,25 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from core.attention import Attention, Grid, relative_table
-from core.checkpoint import CheckpointConfig
 from core.compiling import compile_blocks, compiles
 from core.config import load_config
 from core.distributed import Processes
-from core.engine import Fit, Plan, autocast, train_step
+from core.engine import Plan, autocast, train_step
 from core.errors import ConfigError, shown
 from core.flags import FlagReader
-from core.log import LogConfig
 from core.machine import choose_device
 from core.optim import adamw
-from core.parallel import Parallel
 from core.vit import ViT
 from pretrain.presets import ENCODERS, preset
-from tools.bench import BASELINE, EAGER, SUITE, Row, contestants, nothing, race, say
+from tools.bench import BASELINE, EAGER, SUITE, Row, bench_fit, contestants, nothing, race, say
 from tools.bench_coco_eval import HEIGHT, NUM_CLASSES, WIDTH, made_up_set
 from transfer.detection.coco import CocoSet
 from transfer.detection.data import Collate, DetectionBatch, PrepareDetection, normalized
@@ -136,21 +132,8 @@ def _step(
     task = DetectionTask(model.to(device), config.drop_path, config.seed, evaluator)
     if compiled:
         compile_blocks(task)
-    run = Fit(
-        plan=Plan(images, images, 1, 1),
-        config=config.engine,
-        log_config=LogConfig(),
-        checkpoint_config=CheckpointConfig(),
-        optimizer=adamw(parameter_groups(config, model), config.optim),
-        lr_at=lambda step: LR,
-        clip_grad=config.optim.clip_grad,
-        device=device,
-        processes=processes,
-        parallel=Parallel(task, config.engine.parallel, processes),
-        store=None,
-        log=None,
-        console=Console(quiet=True),
-    )
+    optimizer = adamw(parameter_groups(config, model), config.optim)
+    run = bench_fit(task, config, Plan(images, images, 1, 1), optimizer, LR, config.optim.clip_grad, device, processes)
     flags, steps = FlagReader(device), itertools.count()
 
     def step() -> None:

@@ -18,9 +18,8 @@ from core.images import MAX_PIXELS, BadImage
 from core.loader import read_image
 from core.log import console_logging
 from core.machine import choose_device
-from core.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from transfer.detection.coco_eval import detection_rows
-from transfer.detection.data import padded
+from transfer.detection.data import normalized_images, padded
 from transfer.detection.detector import LoadedDetector, load_detector
 from transfer.detection.draw import draw_detections
 from transfer.detection.inference import Detections
@@ -87,14 +86,10 @@ def _open(images: Path, cache: Path) -> ImageSource:
 @torch.no_grad()
 def _detect(loaded: LoadedDetector, image: Tensor, device: torch.device, precision: str) -> Detections:
     original = (image.shape[1], image.shape[2])
-    height, width = eval_size(original, loaded.side)
     square = padded(resize_to_fit(image, loaded.side), loaded.side).unsqueeze(0).to(device)  # [1, 3, S, S]
-    pixels = normalize(square, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
-    pixels[:, :, height:] = 0
-    pixels[:, :, :, width:] = 0
-    sizes = torch.tensor([[height, width]], device=device)
+    sizes = torch.tensor([eval_size(original, loaded.side)], device=device)
     with autocast(device, precision):
-        (found,) = loaded.model.detect(pixels, sizes, [original])
+        (found,) = loaded.model.detect(normalized_images(square, sizes, torch.float32), sizes, [original])
     return found
 
 

@@ -165,9 +165,14 @@ def detection_batch(batch: EvalBatch, coco: CocoSet, side: int) -> DetectionBatc
 
 def normalized(batch: DetectionBatch, dtype: torch.dtype) -> Tensor:
     """The network's input [B, 3, S, S]: ImageNet's mean and deviation, then zeros around the content. Spec 1.4."""
-    images = normalize(batch.images, IMAGENET_MEAN, IMAGENET_STD, dtype)
+    return normalized_images(batch.images, batch.sizes, dtype)
+
+
+def normalized_images(images: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `normalized`, of uint8 images [B, 3, S, S] whose content has these sizes [B, 2], (height, width)."""
+    images = normalize(images, IMAGENET_MEAN, IMAGENET_STD, dtype)
     place = torch.arange(images.shape[-1], device=images.device)  # [S]
-    rows, columns = (place < batch.sizes[:, axis, None] for axis in (0, 1))  # [B, S] each
+    rows, columns = (place < sizes[:, axis, None] for axis in (0, 1))  # [B, S] each
     return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
