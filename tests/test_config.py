@@ -33,6 +33,7 @@ STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a recipe, or
     "demo/pretrain": (PretrainConfig, ()),
     "demo/finetune": (ClassifyConfig, ("backbone=z",)),
     "demo/corruptions": (RobustConfig, ()),
+    "demo/detect": (DetectConfig, ()),
     "transfer": (ClassifyConfig, ("backbone=z",)),
     "transfer/detect": (DetectConfig, ("backbone=z",)),  # recipes whose name begins so
     "robustness": (RobustConfig, ("model=z",)),

@@ -86,6 +86,14 @@ def test_box_area_mask_and_label_agree(world: Path, coco: str, ade: str, num_sce
         np.testing.assert_array_equal(from_masks, labels)
 
 
+def test_the_same_objects_are_told_with_and_without_their_kinds(world: Path) -> None:
+    kinds = read_coco(world, "val2017")
+    shapes = json.loads((world / "coco/annotations/shapes_val2017.json").read_text())
+    assert [category["name"] for category in shapes["categories"]] == ["shape"]
+    assert shapes["images"] == kinds["images"]
+    assert shapes["annotations"] == [annotation | {"category_id": 1} for annotation in kinds["annotations"]]
+
+
 def test_a_shape_differs_from_its_ground(world: Path) -> None:
     """The drawn pixels are where the mask says: the ground just outside the mask looks unlike the inside."""
     truth = read_coco(world, "train2017")
@@ -112,7 +120,7 @@ def test_some_training_scene_is_empty_even_in_the_smallest_world(tmp_path: Path)
 def test_a_larger_world_begins_with_the_smaller_one(world: Path, tmp_path: Path) -> None:
     draw_world(tmp_path / "larger", num_train=NUM_TRAIN + 20, num_val=NUM_VAL)
     small, large = contents(world), contents(tmp_path / "larger")
-    described = {"world.json", "coco/annotations/instances_train2017.json"}
+    described = {"world.json", *(f"coco/annotations/{what}_train2017.json" for what in ("instances", "shapes"))}
     assert small.keys() < large.keys()
     assert {name for name in small if small[name] != large[name]} == described
     first = read_coco(world, "train2017")["annotations"]

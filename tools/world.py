@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from PIL import Image
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring", "hexagon", "crescent", "arrow", "diamond")
 
-DRAWING = 1  # raise it when the same arguments would draw other pixels, so that an old world is not taken for a new one
+DRAWING = (
+    2  # raise it when the same arguments would draw another world, so that an old world is not taken for a new one
+)
 EMPTY_EVERY = 20  # training scenes 1, 21, 41, ... hold no shape: loaders must survive images without annotations
 MIN_CONTRAST = 0.45  # RGB distance (0..1 per channel) of a shape's tones to the ground's; less hides shapes
 MIN_GAP_RATIO = 0.9  # centre distance over the sum of two shapes' radii; below 1 neighbours may overlap a little
@@ -57,9 +59,10 @@ def draw_world(
 ) -> None:
     """Draw the world into `root`; return at once if `root` already holds the same one.
 
-    Writes `imagefolder/{train,val}/<kind>/NNNN.png` (one shape each, classes balanced), a COCO tree `coco/` of scenes
-    with 0 to 4 shapes, and `ade20k/`, the same scenes with label PNGs: 0 = other, k = KINDS[k - 1]. Every picture
-    depends on (seed, split, its number) alone, so a larger world begins with the smaller one.
+    Writes `imagefolder/{train,val}/<kind>/NNNN.png` (one shape each, classes balanced); a COCO tree `coco/` of scenes
+    with 0 to 4 shapes, whose `instances_*.json` name the kinds and whose `shapes_*.json` call each a shape; and
+    `ade20k/`, the same scenes with label PNGs: 0 = other, k = KINDS[k - 1]. Every picture depends on (seed, split, its
+    number) alone, so a larger world begins with the smaller one.
 
     Args:
         root: a folder to make; absent, empty, or a world drawn with the same arguments.
@@ -144,12 +147,17 @@ def _write_scenes(root: Path, split: Split, num_scenes: int, seed: int, height: 
         for instance, shape in enumerate(shapes, start=1):
             ids = {"id": split.first_id + len(annotations), "image_id": image_id, "category_id": 1 + shape.kind}
             annotations.append(ids | _coco_mask(instance_map == instance))
-    _write_coco_json(root / "coco" / "annotations" / f"instances_{split.coco_folder}.json", images, annotations)
+    folder = root / "coco" / "annotations"
+    _write_coco_json(folder / f"instances_{split.coco_folder}.json", images, annotations, KINDS)
+    alike = [annotation | {"category_id": 1} for annotation in annotations]
+    _write_coco_json(folder / f"shapes_{split.coco_folder}.json", images, alike, ("shape",))
 
 
-def _write_coco_json(path: Path, images: list[dict[str, object]], annotations: list[dict[str, object]]) -> None:
+def _write_coco_json(
+    path: Path, images: list[dict[str, object]], annotations: list[dict[str, object]], names: Sequence[str]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    categories = [{"id": i, "name": name} for i, name in enumerate(KINDS, start=1)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
     info = {"description": "drawn by tools/world.py"}
     path.write_text(json.dumps({"info": info, "images": images, "annotations": annotations, "categories": categories}))
 

@@ -34,7 +34,10 @@ def draw_detections(image: Tensor, found: Detections, names: Sequence[str], min_
         texts = [f"{shown(names[labels[row]])} {found.scores[row]:.2f}" for row in rows.tolist()]
         colours = [COLOURS[labels[row] % len(COLOURS)] for row in rows.tolist()]
         width = max(1, max(image.shape[1:]) // 400)
-        picture = draw_bounding_boxes(picture, boxes[rows.cpu()], texts, colours, width=width)
+        inks = ["black" if sum(colour) > 380 else "white" for colour in colours]  # of 765
+        picture = draw_bounding_boxes(
+            picture, boxes[rows.cpu()], texts, colours, width=width, label_colors=inks, fill_labels=True
+        )
     return picture
 
 

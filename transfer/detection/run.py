@@ -50,6 +50,7 @@ from transfer.detection.tasks import CocoEvaluator, DetectionTask
 
 PATHS = ("backbone", "train_json", "train_images", "val_json", "val_images")
 NUM_PICTURES, PICTURE_SCORE = 6, 0.3  # validation images drawn at each evaluation, from which score on
+PICTURE_SIDE = 320  # pixels about; on smaller ones names would cover what they name
 EVAL_BATCH_SIZE = 1  # as published
 
 logger = logging.getLogger("rcmae")
@@ -196,8 +197,9 @@ def build_task(setting: Setting, processes: Processes) -> DetectionTask:
 
 @torch.no_grad()
 def _draw(setting: Setting, model: MaskRCNN) -> np.ndarray:
-    """Detections on the first validation images, at the size of the network: uint8 [H, W, 3]."""
+    """Detections on the first validation images, at the size of the network or a multiple of it: uint8 [H, W, 3]."""
     coco, side = setting.val, setting.config.img_size
+    zoom = max(1, round(PICTURE_SIDE / side))
     few = coco.subset(np.arange(min(NUM_PICTURES, len(coco))))
     images = evaluation_images(few, side)
     pictures: list[Tensor] = []
@@ -206,9 +208,10 @@ def _draw(setting: Setting, model: MaskRCNN) -> np.ndarray:
         loaded = EvalBatch(image.unsqueeze(0), torch.tensor([index]), torch.tensor([True]))
         batch = detection_batch(loaded, few, side).to(setting.device)
         with autocast(setting.device, setting.config.eval_precision):
-            sizes = [(int(height), int(width)) for height, width in batch.sizes.tolist()]
+            sizes = [(zoom * int(height), zoom * int(width)) for height, width in batch.sizes.tolist()]
             (found,) = model.detect(normalized(batch, torch.float32), batch.sizes, sizes)
         height, width = sizes[0]
+        image = image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)  # [3, zoom * S, zoom * S]
         drawn = image.clone()
         drawn[:, :height, :width] = draw_detections(image[:, :height, :width], found, coco.names, PICTURE_SCORE)
         pictures.append(drawn)
