@@ -177,10 +177,10 @@ def stored_normalization(path: Path) -> tuple[tuple[float, ...], tuple[float, ..
     return mean, std
 
 
-def weights_digest(vit: ViT) -> str:
-    """Twelve hexadecimal digits of all weights: the same backbone, wherever its file lies."""
+def weights_digest(network: nn.Module) -> str:
+    """Twelve hexadecimal digits of all weights: the same network, wherever its file lies."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vit.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -103,7 +103,7 @@ def open_images(data: str, cache: Path) -> ImageSource:
     Raises: DataError if it is missing or holds no images.
     """
     tars = _tar_paths(data, cache)
-    source = _open_tars(data, tars, cache) if tars else _open_folder(data)
+    source = _open_tars(data, tars, cache) if tars else open_folder(data)
     if not len(source):
         endings = " ".join(sorted(EXTENSIONS))
         raise DataError(f"{shown(data)}: no images found; expected files ending in {endings}, in folders or tars")
@@ -335,7 +335,8 @@ def _tar_rows(path: Path) -> Iterator[tuple[bytes, int, int, int]]:
         yield os.fsencode(name), offset, size, labels.get(os.path.splitext(name)[0], -1)  # noqa: PTH122
 
 
-def _open_folder(data: str) -> ImageSource:
+def open_folder(data: str) -> ImageSource:
+    """The images below a folder, sorted by relative path, without labels; perhaps none. Raises: DataError."""
     root = Path(data)
     if not root.is_dir():
         raise DataError(f"{shown(root)}: expected a folder, a .tar, a .tgz or .tar.gz")

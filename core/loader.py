@@ -340,7 +340,7 @@ class EvalImages(Dataset):
     """Every image of a source once, in order. A broken one is an error: an evaluation never skips."""
 
     source: ImageSource
-    transform: Callable[[Tensor], Tensor]
+    transform: Callable[[Tensor], Any]  # gives a tensor, unless the batches are made by another `collate`
     channels: int = 3
     max_pixels: int = MAX_PIXELS
 
@@ -382,12 +382,21 @@ class EvalOrder:
 
 
 def eval_loader(
-    images: EvalImages, batch_size: int, num_workers: int, timeout_s: int, processes: Processes
+    images: EvalImages,
+    batch_size: int,
+    num_workers: int,
+    timeout_s: int,
+    processes: Processes,
+    collate: Collate | None = None,
 ) -> DataLoader:
-    """This process's full batches of `EvalBatch`; `in_order` brings results of all together again."""
+    """This process's full batches; `in_order` brings results of all together again.
+
+    Args:
+        collate: makes a batch of `batch_size` items of `images`; None: an `EvalBatch`.
+    """
     order = EvalOrder(len(images.source), batch_size, processes.rank, processes.size)
     options = _worker_options(num_workers, timeout_s)
-    return DataLoader(images, batch_sampler=order, collate_fn=_collate_eval, **options)
+    return DataLoader(images, batch_sampler=order, collate_fn=collate or _collate_eval, **options)
 
 
 def in_order(rows: list[Tensor], valid: list[Tensor], processes: Processes) -> Tensor:

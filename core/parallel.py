@@ -4,9 +4,9 @@ Models and tasks are written for one process; only their parameters change type 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from core.distributed import Processes, Tensors
 from core.task import Place, Task
 
 Mode = Literal["ddp", "fsdp2"]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ENTRANCES = ("tokens", "feature_maps", "predict_all", "losses", "detect")  # besides forward, what tasks call
 
 
@@ -100,6 +101,21 @@ def _shard(module: nn.Module, mesh: Any) -> list[FSDPModule]:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; then every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(module: ModuleT, build: Callable[[], ModuleT]) -> ModuleT:
+    """A network with whole weights: itself where it is not sharded, else a copy in what `build` makes.
+
+    For calls that processes do not make equally often: those of a sharded network communicate. Every process must call
+    this.
+    """
+    if not isinstance(module, FSDPModule):
+        return module
+    tensors = {name: full(tensor.detach()) for name, tensor in module.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):  # first weights are drawn from the global generator
+        copy = build()
+    copy.load_state_dict(tensors)
+    return copy.to(next(module.parameters()).device).train(module.training)
 
 
 def local(tensor: Tensor) -> Tensor:

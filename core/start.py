@@ -55,6 +55,7 @@ class RunConfig(Config):
 
     def contradictions(self) -> Iterator[str]:
         """Keys that cannot hold together; stages yield these and their own."""
+        yield from super().contradictions()
         accumulation = self.engine.accumulation
         if accumulation and self.batch_size % accumulation:
             yield f"engine.accumulation={accumulation}: does not divide batch_size={self.batch_size}"

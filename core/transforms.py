@@ -104,3 +104,18 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
         for values in (mean, std)
     )  # each [C, 1, 1]
     return (images.to(dtype) / 255 - shift) / scale
+
+
+def normalized_images(images: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """A network's input: ImageNet's mean and deviation, then zeros around the content.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        sizes: int64 [B, 2], (height, width) of the content, which begins top left.
+    Returns: [B, 3, H, W] in `dtype`.
+    """
+    images = normalize(images, IMAGENET_MEAN, IMAGENET_STD, dtype)
+    rows, columns = (
+        torch.arange(side, device=images.device) < sizes[:, axis, None] for axis, side in enumerate(images.shape[2:])
+    )  # [B, H], [B, W]
+    return images * (rows[:, None, :, None] & columns[:, None, None, :])

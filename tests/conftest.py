@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ForkServer
-from tests.tiny import draw_coco, draw_images, tiny_backbone
+from tests.tiny import draw_ade, draw_coco, draw_images, tiny_backbone, tiny_segmentation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,3 +43,23 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone directory with random weights."""
     return tiny_backbone(tmp_path_factory.mktemp("backbone") / "backbone")
+
+
+@pytest.fixture(scope="session")
+def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parent of a tree like ADE20K's: 14 images to learn from, 5 to evaluate on."""
+    return draw_ade(tmp_path_factory.mktemp("ade"))
+
+
+@pytest.fixture(scope="session")
+def segmented(
+    server: ForkServer, ade: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The directory of a whole segmentation run, by head."""
+    found = {}
+    for head in ("upernet", "linear"):
+        out = tmp_path_factory.mktemp(head) / "out"
+        log = out.parent / "log"
+        assert server.run(tiny_segmentation(ade, out, backbone, head), log, stage="segment") == 0, log.read_text()
+        found[head] = out
+    return found

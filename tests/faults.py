@@ -220,11 +220,17 @@ def slow_saves() -> None:
     core.engine._write = changed
 
 
+def frozen_batch_norms() -> None:
+    """Batch norm is in evaluation mode throughout: no fault, but what PyTorch cannot synchronise on a CPU stays out."""
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    norm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+
+
 FAULTS = {
     function.__name__: function
     for function in (
         forget_teacher, forget_moments, forget_adam_step, forget_step, forget_sampler, no_warm_up, nan_loss_once, nan_gradient_once,
         nan_loss_from_step_3, stuck_in_forward, stopped_in_forward, killed_in_forward, raises_in_forward, other_code,
-        other_configuration, other_data, no_data, flipped_bit, slow_saves,
+        other_configuration, other_data, no_data, flipped_bit, slow_saves, frozen_batch_norms,
     )
 }  # fmt: skip

@@ -295,6 +295,22 @@ def _evaluate_detector(overrides: list[str], fs: FileSystem) -> None:
     evaluate_detector(load_config(DetectConfig, None, overrides))
 
 
+def _segment(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from transfer.segmentation.run import segment
+    from transfer.segmentation.settings import SegmentConfig
+
+    segment(load_config(SegmentConfig, None, overrides), fs=fs)
+
+
+def _evaluate_segmentor(overrides: list[str], fs: FileSystem) -> None:
+    from core.config import load_config
+    from transfer.segmentation.run import evaluate_segmentor
+    from transfer.segmentation.settings import SegmentConfig
+
+    evaluate_segmentor(load_config(SegmentConfig, None, overrides))
+
+
 def _robust(overrides: list[str], fs: FileSystem) -> None:
     from core.config import load_config
     from robustness.run import robust
@@ -308,6 +324,8 @@ STAGES = {  # what can be killed, by its verb
     "classify": _classify,
     "detect": _detect,
     "detect --eval": _evaluate_detector,
+    "segment": _segment,
+    "segment --eval": _evaluate_segmentor,
     "robust": _robust,
 }
 
@@ -335,7 +353,8 @@ def _serve() -> None:
     import robustness.run  # noqa: F401
     import tests.faults  # noqa: F401
     import transfer.classification.run
-    import transfer.detection.run  # noqa: F401
+    import transfer.detection.run
+    import transfer.segmentation.run  # noqa: F401
 
     say = os.fdopen(os.dup(1), "w")
     print("ready", file=say, flush=True)

@@ -21,7 +21,16 @@ from pathlib import Path
 
 from tests.harness import ForkServer, Run, fresh, kill, started
 from tests.test_resume import digest, spoil, steps_logged
-from tests.tiny import draw_coco, draw_images, tiny_backbone, tiny_classification, tiny_detection, tiny_overrides
+from tests.tiny import (
+    draw_ade,
+    draw_coco,
+    draw_images,
+    tiny_backbone,
+    tiny_classification,
+    tiny_detection,
+    tiny_overrides,
+    tiny_segmentation,
+)
 
 # Every trainable stage adds itself here with one line: its verb, and what makes it small.
 STAGES = {
@@ -32,6 +41,8 @@ STAGES = {
     "linear probe": ("classify", {"protocol": "linprobe"}),
     "Mask R-CNN": ("detect", {}),
     "Cascade Mask R-CNN": ("detect", {"detector__cascade": True}),
+    "UperNet": ("segment", {}),
+    "linear head": ("segment", {"head": "linear"}),
 }
 COUNTED = (
     "campaigns", "attempts", "kills", "kills at a crash point", "agent kills", "workers killed under the launcher",
@@ -55,8 +66,8 @@ class Campaign:
         self.size = self.rng.choice([1, 2, 3, 4])
         self.mode = self.rng.choice(["ddp", "ddp", "fsdp2"])
         self.verb, changes = STAGES[self.name]
-        if self.name == "linear probe":
-            self.mode = "ddp"  # it has one layer, and refuses to shard it
+        if self.name in {"linear probe", "linear head"}:
+            self.mode = "ddp"  # they have one layer, and refuse to shard it
         sharded = self.size > 1 and self.mode == "fsdp2"  # slow on a CPU
         self.changes = {
             "batch_size": 12, "epochs": 5 if sharded else 25, "checkpoint__every_steps": 3 if sharded else 8,
@@ -77,6 +88,9 @@ class Campaign:
         if self.verb == "detect":
             changes["steps"] = changes.pop("epochs")
             return tiny_detection(self.data.parent / "world" / "coco", out, self.data.parent / "backbone", **changes)
+        if self.verb == "segment":
+            changes["steps"] = changes.pop("epochs")
+            return tiny_segmentation(self.data.parent / "ade", out, self.data.parent / "backbone", **changes)
         changes[f"{changes['protocol']}__epochs"] = changes.pop("epochs")
         return tiny_classification(self.data, out, self.data.parent / "backbone", **changes)
 
@@ -234,6 +248,7 @@ def main() -> int:
     data, rng, counts = draw_images(work / "data"), random.Random(options.seed), Counter()
     tiny_backbone(work / "backbone")
     draw_coco(work / "world")
+    draw_ade(work / "ade")
     sizes: Counter = Counter()
     print(f"soak for {options.minutes:g} minutes, seed {options.seed}", flush=True)
     begun = time.monotonic()

@@ -24,6 +24,7 @@ from pretrain.settings import PretrainConfig
 from robustness.settings import RobustConfig
 from transfer.classification.settings import ClassifyConfig
 from transfer.detection.settings import DetectConfig
+from transfer.segmentation.settings import SegmentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "pretrain", "transfer", "robustness", "tools")
@@ -34,8 +35,10 @@ STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a recipe, or
     "demo/finetune": (ClassifyConfig, ("backbone=z",)),
     "demo/corruptions": (RobustConfig, ()),
     "demo/detect": (DetectConfig, ()),
+    "demo/segment": (SegmentConfig, ()),
     "transfer": (ClassifyConfig, ("backbone=z",)),
     "transfer/detect": (DetectConfig, ("backbone=z",)),  # recipes whose name begins so
+    "transfer/segment": (SegmentConfig, ("backbone=z",)),
     "robustness": (RobustConfig, ("model=z",)),
 }
 NEEDED = ("data=x", "out=y")
@@ -477,7 +480,7 @@ def unread_keys(model: type[BaseModel]) -> list[str]:
     return unread
 
 
-@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, DetectConfig, RobustConfig])
+@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, DetectConfig, SegmentConfig, RobustConfig])
 def test_every_key_is_read_somewhere(kind: type[Config]) -> None:
     assert unread_keys(kind) == []
 

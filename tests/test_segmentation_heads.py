@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests.segmentation_golden import CLOSE, Golden, load_golden, part, require_gradients
 from transfer.segmentation.losses import pixel_accuracy_pct, pixel_cross_entropy
 from transfer.segmentation.necks import Feature2Pyramid
+from transfer.segmentation.resizing import conv3x3_of_resized, resize
 from transfer.segmentation.upernet import FCNHead, UPerHead, channel_dropout
 from transfer.segmentation.weights import from_mmseg
 
@@ -153,6 +154,26 @@ def test_the_loss_is_float32_under_autocast() -> None:
         loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain)
+
+
+@pytest.mark.parametrize("sizes", [[(16, 12), (8, 6), (4, 3), (1, 1)], [(3, 5), (6, 6), (2, 9)], [(7, 5), (7, 5)]])
+def test_a_convolution_of_resized_maps_equals_one_of_all(sizes: list[tuple[int, int]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3 + i, *size, generator=generator).requires_grad_() for i, size in enumerate(sizes)]
+    channels = sum(x.shape[1] for x in maps)
+    weight = torch.randn(5, channels, 3, 3, generator=generator).requires_grad_()
+    expected = F.conv2d(torch.cat([resize(x, sizes[0]) for x in maps], dim=1), weight, padding=1)
+    found = conv3x3_of_resized(maps, weight, sizes[0])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    seed = torch.randn(expected.shape, generator=generator)
+    pairs = zip(*(torch.autograd.grad((y * seed).sum(), [*maps, weight]) for y in (found, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    assert torch.autograd.gradcheck(  # of the path that is not PyTorch's own convolution
+        lambda x, w: conv3x3_of_resized([x], w, (5, 4)),
+        (torch.randn(1, 2, 3, 2, dtype=torch.float64, generator=generator).requires_grad_(),
+         torch.randn(2, 2, 3, 3, dtype=torch.float64, generator=generator).requires_grad_()),
+    )  # fmt: skip
 
 
 def test_scores_and_labels_of_as_many_images() -> None:

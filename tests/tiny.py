@@ -79,6 +79,42 @@ def tiny_detection(data: Path, out: Path, backbone: Path, **changes: object) -> 
     return _as_overrides(values, changes)
 
 
+def draw_ade(root: Path) -> Path:
+    """A tree like ADE20K's: 14 images to learn from, 5 to evaluate on, labels 0 (other) to 150; its folder's parent.
+
+    Each image is of two classes, in colours of their own, and of pixels without one. Some are smaller than a crop of
+    16 px, of odd sizes, or more than four times as long as high.
+    """
+    rng = np.random.default_rng(3)
+    sizes = [(40, 44), (33, 57), (12, 14), (71, 35), (30, 130), (48, 40), (37, 41)]  # (height, width)
+    colours = rng.integers(0, 256, (151, 3))
+    for split, count in (("training", 14), ("validation", 5)):
+        for i in range(count):
+            height, width = sizes[i % len(sizes)]
+            label = np.full((height, width), 1 + 7 * i, np.uint8)
+            label[height // 3 :, : width // 2] = 150 - 5 * i
+            label[:4, :6] = 0
+            pixels = np.clip(colours[label] + rng.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+            for kind, array, ending in (("images", pixels, "jpg"), ("annotations", label, "png")):
+                folder = root / "ADEChallengeData2016" / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / f"ADE_{split[:3]}_{i:08d}.{ending}")
+    return root
+
+
+def tiny_segmentation(data: Path, out: Path, backbone: Path, head: str = "upernet", **changes: object) -> list[str]:
+    """Overrides of a segmentation run of six steps on `draw_ade`, of crops of 16 px."""
+    values: dict[str, object] = {
+        "data": data, "out": out, "cache": out.parent / "cache", "backbone": backbone, "head": head, "img_size": 16,
+        "classes": "ade20k", "label_shift": 1, "batch_size": 4, "steps": 6, "warmup_steps": 2, "optim.lr": 1e-3,
+        "augment.scale": [80, 20], "checkpoint.every_steps": 2, "log.every_steps": 1, "log.tensorboard": False,
+        "log.curves": False, "loader.num_workers": 0, "device": "cpu",
+    }  # fmt: skip
+    if head == "upernet":
+        values |= {"segmentor.channels": 8, "segmentor.aux_channels": 4, "segmentor.blocks": [0, 0, 1, 1]}
+    return _as_overrides(values, changes)
+
+
 def _as_overrides(values: dict[str, object], changes: dict[str, object]) -> list[str]:
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]

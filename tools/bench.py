@@ -232,6 +232,17 @@ def seconds_of(step: Callable[[], None], times: int, device: torch.device) -> fl
     return time.perf_counter() - begun
 
 
+def raced(
+    builders: dict[str, Callable[[], Callable[[], None]]], images: int, device: torch.device, rounds: int
+) -> list[Row]:
+    """The rows of `contestants` after a `race`, without their networks."""
+    rows = list(contestants(builders, images, device))
+    race(rows, device, rounds)
+    for row in rows:
+        row.step = nothing  # lets go of its network
+    return rows
+
+
 def _report_pretrain(config: PretrainConfig, device: torch.device, rows: Sequence[Row], flops: int) -> None:
     def best(*names: str) -> Row:
         return max((row for row in rows if row.name in names), key=lambda row: row.images_per_s)
@@ -298,6 +309,40 @@ def say(title: str, table: Table, figures: dict[str, Any], device: torch.device)
         "date": time.strftime("%F"),
     }
     print(json.dumps(line), flush=True)
+
+
+def report_rows(
+    name: str, title: str, rows: Sequence[Row], device: torch.device, more: Mapping[str, Any] | None = None
+) -> None:
+    """Print rows named BASELINE, EAGER and SUITE as a table, and a JSON line of the best beside the best plain one.
+
+    Args:
+        more: figures that the line has besides.
+    """
+    table = Table("", "batch", "images/s", "s/image", "against baseline", "peak memory, GiB")
+    for row in rows:
+        beside = next((other for other in rows if (other.name, other.images) == (BASELINE, row.images)), None)
+        ratio = f"{row.ratio_to(beside):.2f}" if beside else "-"
+        rate, memory = row.images_per_s, f"{row.peak_bytes / 2**30:.2f}"
+        table.add_row(row.name, str(row.images), f"{rate:.4g}", f"{1 / rate:.4g}", ratio, memory)
+    ours, theirs = (
+        max((row for row in rows if (row.name == BASELINE) == plain), key=lambda row: row.images_per_s, default=None)
+        for plain in (False, True)
+    )
+    same = next((row for row in rows if ours and row.name == BASELINE and row.images == ours.images), None)
+    figures = {
+        "name": name,
+        "ratio": ours.ratio_to(theirs) if ours and theirs else None,
+        "images_per_s": ours.images_per_s if ours else None,
+        "seconds_per_image": 1 / ours.images_per_s if ours else None,
+        "batch_size": ours.images if ours else None,
+        "baseline_images_per_s": theirs.images_per_s if theirs else None,
+        "baseline_batch_size": theirs.images if theirs else None,
+        "peak_memory_gib": ours.peak_bytes / 2**30 if ours else None,
+        "peak_memory_ratio": ours.peak_bytes / same.peak_bytes if ours and same else None,
+        **(more or {}),
+    }
+    say(title, table, figures, device)
 
 
 def _cpu_name() -> str:

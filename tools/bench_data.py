@@ -3,7 +3,7 @@
 import io
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from tools.bench import (
     suite_run,
     synchronize,
 )
+from tools.bench_detect import bench_detect
+from tools.bench_segment import bench_segment
 
 
 class _Endless(Sampler[int]):
@@ -167,12 +169,39 @@ def draw_photographs(folder: Path, count: int = 2048, size: tuple[int, int] = (5
     return folder
 
 
-def bench_gpu(data: str | None, work: Path) -> None:
-    """Every GPU row of docs/benchmarks.md in one call of under ten minutes."""
+def bench_gpu(data: str | None, work: Path, only: Sequence[str]) -> None:
+    """The GPU rows of docs/benchmarks.md in one call, or `only` some of `GPU_ROWS`. Raises: ConfigError."""
+    unknown = [name for name in only if name not in GPU_ROWS]
+    if unknown:
+        raise ConfigError(f"--only {shown(unknown[0])}: expected any of {', '.join(GPU_ROWS)}")
     choose_device("cuda")
+    for name in only or GPU_ROWS:
+        GPU_ROWS[name](data, work)
+
+
+def _gpu_pretrain(data: str | None, work: Path) -> None:
     bench_pretrain(None, ["model=base"], (256, 512), rounds=2)
     bench_pretrain(None, ["model=large"], (256,), rounds=2)
+
+
+def _gpu_images(data: str | None, work: Path) -> None:
     photographs = data or str(draw_photographs(work / "photographs"))
     bench_loader(photographs, 224, 16, rounds=3, cache=work / "cache")
     feeding = [f"data={photographs}", f"cache={work / 'cache'}", "model=base", "batch_size=512"]
     bench_feed(None, feeding, num_workers=16, seconds=40)
+
+
+def _gpu_detect(data: str | None, work: Path) -> None:
+    bench_detect(None, ["eval_precision=bf16"], "base", (1, 4), rounds=2)
+
+
+def _gpu_segment(data: str | None, work: Path) -> None:
+    bench_segment(None, ["eval_precision=bf16"], "base", (16,), "683x512", rounds=3)
+
+
+GPU_ROWS: dict[str, Callable[[str | None, Path], None]] = {
+    "pretrain": _gpu_pretrain,
+    "images": _gpu_images,
+    "detect": _gpu_detect,
+    "segment": _gpu_segment,
+}

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from core.attention import Attention, Grid, relative_table
 from core.compiling import compile_blocks, compiles
 from core.config import load_config
 from core.distributed import Processes
@@ -24,8 +22,9 @@ from core.machine import choose_device
 from core.optim import adamw
 from core.vit import ViT
 from pretrain.presets import ENCODERS, preset
-from tools.bench import BASELINE, EAGER, SUITE, Row, bench_fit, contestants, nothing, race, say
+from tools.bench import BASELINE, EAGER, SUITE, Row, bench_fit, raced, report_rows
 from tools.bench_coco_eval import HEIGHT, NUM_CLASSES, WIDTH, made_up_set
+from tools.plain_attention import make_attention_plain
 from transfer.detection.coco import CocoSet
 from transfer.detection.data import Collate, DetectionBatch, PrepareDetection, normalized
 from transfer.detection.dense_vit import dense_vit
@@ -61,22 +60,12 @@ def bench_detect(path: Path | None, overrides: list[str], model: str, batch_size
     rows: list[Row] = []
     for batch_size in batch_sizes:
         batch = made_up_batch(coco, config, batch_size).to(device)
-        rows += _raced(_training(config, model, coco, batch, device), batch_size, device, rounds)
+        rows += raced(_training(config, model, coco, batch, device), batch_size, device, rounds)
     title = f"ViT {model}, {'Cascade ' if config.detector.cascade else ''}Mask R-CNN, {config.img_size} px"
-    _report("detect-train", f"{title}: training", rows, device)
+    report_rows("detect-train", f"{title}: training", rows, device)
     one = made_up_batch(coco, config, 1).to(device)
-    rows = _raced(_inference(config, model, one, device), 1, device, rounds)
-    _report("detect-inference", f"{title}: inference, masks pasted, {config.eval_precision}", rows, device)
-
-
-def _raced(
-    builders: dict[str, Callable[[], Callable[[], None]]], images: int, device: torch.device, rounds: int
-) -> list[Row]:
-    rows = list(contestants(builders, images, device))
-    race(rows, device, rounds)
-    for row in rows:
-        row.step = nothing  # lets go of its network
-    return rows
+    rows = raced(_inference(config, model, one, device), 1, device, rounds)
+    report_rows("detect-inference", f"{title}: inference, masks pasted, {config.eval_precision}", rows, device)
 
 
 def made_up_batch(coco: CocoSet, config: DetectConfig, batch_size: int) -> DetectionBatch:
@@ -103,11 +92,7 @@ def detector_of(config: DetectConfig, model: str, plain: bool) -> MaskRCNN:
 
 def as_plain(model: MaskRCNN) -> "PlainMaskRCNN":
     """The plain twin of a detector; it takes over its parts."""
-    vit = model.backbone.vit
-    for i, block in enumerate(vit.blocks):
-        attention = PlainAttention(vit.config.embed_dim, vit.config.num_heads, vit.config.table_grid(i))
-        attention.load_state_dict(block.attn.state_dict())  # type: ignore[union-attr]
-        block.attn = attention
+    make_attention_plain(model.backbone.vit)
     return PlainMaskRCNN(model.backbone, model.rpn, model.roi)
 
 
@@ -173,25 +158,6 @@ def _threshold(model: MaskRCNN, batch: DetectionBatch) -> float:
     return scores.topk(min(CANDIDATES, len(scores))).values[-1].item()
 
 
-class PlainAttention(Attention):
-    """Softmax of explicit logits; relative positions as a bias of all pairs, made in every call."""
-
-    def forward(self, x: Tensor, num_queries: int | None = None, grid: Grid | None = None) -> Tensor:
-        """[B, N, D] to the same; all tokens query."""
-        q, k, v = self._heads(self.qkv(x), 3)  # each [B, heads, N, D / heads]
-        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, heads, N, N]
-        if self.has_rel_pos:
-            assert grid is not None, "relative positions need a grid"
-            placed = q.unflatten(2, grid)  # [B, heads, rows, columns, d]
-            by_row, by_column = relative_table(self.rel_pos_h, grid[0]), relative_table(self.rel_pos_w, grid[1])
-            to_rows = torch.einsum("bhijd,imd->bhijm", placed, by_row.to(q.dtype))
-            to_columns = torch.einsum("bhijd,jnd->bhijn", placed, by_column.to(q.dtype))
-            bias = to_rows.unsqueeze(-1) + to_columns.unsqueeze(-2)  # [B, heads, rows, columns, rows, columns]
-            logits = logits + bias.flatten(4).flatten(2, 3)  # [B, heads, N, N]
-        out = logits.softmax(dim=-1) @ v
-        return self.proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
-
-
 class PlainMaskRCNN(MaskRCNN):
     """A detector that takes one image after the other from the pyramid on; its losses are the mean over the images."""
 
@@ -221,32 +187,3 @@ class PlainMaskRCNN(MaskRCNN):
         for i, original in enumerate(original_sizes):
             detections += super().detect(images[i : i + 1], sizes[i : i + 1], [original])
         return detections
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def _report(name: str, title: str, rows: Sequence[Row], device: torch.device) -> None:
-    table = Table("", "batch", "images/s", "s/image", "against baseline", "peak memory, GiB")
-    for row in rows:
-        beside = next((other for other in rows if (other.name, other.images) == (BASELINE, row.images)), None)
-        ratio = f"{row.ratio_to(beside):.2f}" if beside else "-"
-        rate, memory = row.images_per_s, f"{row.peak_bytes / 2**30:.2f}"
-        table.add_row(row.name, str(row.images), f"{rate:.4g}", f"{1 / rate:.4g}", ratio, memory)
-    ours, theirs = (
-        max((row for row in rows if (row.name == BASELINE) == plain), key=lambda row: row.images_per_s, default=None)
-        for plain in (False, True)
-    )
-    same = next((row for row in rows if ours and row.name == BASELINE and row.images == ours.images), None)
-    figures = {
-        "name": name,
-        "ratio": ours.ratio_to(theirs) if ours and theirs else None,
-        "images_per_s": ours.images_per_s if ours else None,
-        "seconds_per_image": 1 / ours.images_per_s if ours else None,
-        "batch_size": ours.images if ours else None,
-        "baseline_images_per_s": theirs.images_per_s if theirs else None,
-        "baseline_batch_size": theirs.images if theirs else None,
-        "peak_memory_gib": ours.peak_bytes / 2**30 if ours else None,
-        "peak_memory_ratio": ours.peak_bytes / same.peak_bytes if ours and same else None,
-    }
-    say(title, table, figures, device)

@@ -22,14 +22,19 @@ from tools.cli_options import (
     Cache,
     DryRun,
     Endpoint,
+    Evaluate,
     Nnodes,
     Nproc,
+    Prepared,
     Restarts,
     Resume,
     Settings,
+    as_command,
+    carry_out,
     numbers,
     split,
 )
+from tools.launch import Launch
 
 app = typer.Typer(
     add_completion=False,
@@ -53,32 +58,24 @@ def pretrain(
 
     Example: rcmae pretrain configs/pretrain/photos_tiny.yaml data=my_photos out=runs/photos
     """
-    from tools.launch import Launch, launch
-
     plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
-    if plan.size > 1 and not is_worker() and not dry_run:
-        return launch(plan, ["pretrain", *(settings or []), f"--resume={resume}"])
-    from core.config import dump_config, load_config
-    from pretrain import run
-    from pretrain.settings import PretrainConfig
 
-    path, overrides = split(settings or [])
-    config = load_config(PretrainConfig, path, overrides)
-    if dry_run:
-        print(dump_config(config))
-        print("\n".join(run.dry_run(config, plan.size, nproc)))
-        return 0
-    run.pretrain(config, resume)
-    return 0
+    def prepare() -> Prepared:
+        from core.config import load_config
+        from pretrain import run
+        from pretrain.settings import PretrainConfig
+
+        config = load_config(PretrainConfig, *split(settings or []))
+        return Prepared(config, lambda: run.pretrain(config, resume), lambda: run.dry_run(config, plan.size, nproc))
+
+    return carry_out(as_command("pretrain", settings, False, resume), plan, dry_run, prepare)
 
 
 @app.command()
 def classify(
     settings: Settings = None,
     dry_run: DryRun = False,
-    evaluate: Annotated[
-        bool, typer.Option("--eval", help="Evaluate the classifier directory given as backbone=, and train nothing.")
-    ] = False,
+    evaluate: Evaluate = False,
     resume: Resume = "auto",
     nproc: Nproc = 1,
     nnodes: Nnodes = 1,
@@ -89,34 +86,25 @@ def classify(
 
     Example: rcmae classify configs/transfer/cifar10_finetune.yaml data=cifar10.tgz backbone=runs/cifar10_tiny/backbone
     """
-    from tools.launch import Launch, launch
+
+    def prepare() -> Prepared:
+        from core.config import load_config
+        from transfer.classification import run
+        from transfer.classification.settings import ClassifyConfig
+
+        config = load_config(ClassifyConfig, *split(settings or []))
+        act = (lambda: run.evaluate(config)) if evaluate else (lambda: run.classify(config, resume))
+        return Prepared(config, act, lambda: run.dry_run(config))
 
     plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
-    if plan.size > 1 and not is_worker() and not dry_run:
-        flags = ["--eval"] if evaluate else []
-        return launch(plan, ["classify", *(settings or []), f"--resume={resume}", *flags])
-    from core.config import dump_config, load_config
-    from transfer.classification import run
-    from transfer.classification.settings import ClassifyConfig
-
-    config = load_config(ClassifyConfig, *split(settings or []))
-    if dry_run:
-        print(dump_config(config))
-        print("\n".join(run.dry_run(config)))
-    elif evaluate:
-        run.evaluate(config)
-    else:
-        run.classify(config, resume)
-    return 0
+    return carry_out(as_command("classify", settings, evaluate, resume), plan, dry_run, prepare)
 
 
 @app.command()
 def detect(
     settings: Settings = None,
     dry_run: DryRun = False,
-    evaluate: Annotated[
-        bool, typer.Option("--eval", help="Evaluate the detector directory given as backbone=, and train nothing.")
-    ] = False,
+    evaluate: Evaluate = False,
     resume: Resume = "auto",
     nproc: Nproc = 1,
     nnodes: Nnodes = 1,
@@ -127,38 +115,64 @@ def detect(
 
     Example: rcmae detect configs/transfer/detect_tiny.yaml data=coco backbone=runs/photos/backbone
     """
-    from tools.launch import Launch, launch
+
+    def prepare() -> Prepared:
+        from core.config import load_config
+        from transfer.detection import run
+        from transfer.detection.settings import DetectConfig
+
+        config = load_config(DetectConfig, *split(settings or []))
+        act = (lambda: run.evaluate_detector(config)) if evaluate else (lambda: run.detect(config, resume))
+        return Prepared(config, act, lambda: run.dry_run(config))
 
     plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
-    if plan.size > 1 and not is_worker() and not dry_run:
-        flags = ["--eval"] if evaluate else []
-        return launch(plan, ["detect", *(settings or []), f"--resume={resume}", *flags])
-    from core.config import dump_config, load_config
-    from transfer.detection import run
-    from transfer.detection.settings import DetectConfig
+    return carry_out(as_command("detect", settings, evaluate, resume), plan, dry_run, prepare)
 
-    config = load_config(DetectConfig, *split(settings or []))
-    if dry_run:
-        print(dump_config(config))
-        print("\n".join(run.dry_run(config)))
-    elif evaluate:
-        run.evaluate_detector(config)
-    else:
-        run.detect(config, resume)
-    return 0
+
+@app.command()
+def segment(
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    evaluate: Evaluate = False,
+    resume: Resume = "auto",
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+) -> int:
+    """Train UperNet on a ViT, or a linear head on a frozen one, on images with label PNGs; the same command goes on.
+
+    Example: rcmae segment configs/transfer/segment_camvid.yaml data=camvid backbone=runs/photos/backbone
+    """
+
+    def prepare() -> Prepared:
+        from core.config import load_config
+        from transfer.segmentation import run
+        from transfer.segmentation.settings import SegmentConfig
+
+        config = load_config(SegmentConfig, *split(settings or []))
+        act = (lambda: run.evaluate_segmentor(config)) if evaluate else (lambda: run.segment(config, resume))
+        return Prepared(config, act, lambda: run.dry_run(config))
+
+    plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
+    return carry_out(as_command("segment", settings, evaluate, resume), plan, dry_run, prepare)
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A detector directory, as detect writes it.")],
+    model: Annotated[Path, typer.Argument(help="A detector or segmentor directory, as detect and segment write them.")],
     images: Annotated[Path, typer.Argument(help="A photograph, a folder or a tar of them.")],
     out: Annotated[Path, typer.Option(help="The folder to write into; it must be empty.")],
-    min_score: Annotated[float, typer.Option(min=0, max=1, help="From which score on detections are drawn.")] = 0.5,
+    min_score: Annotated[
+        float | None, typer.Option(min=0, max=1, help="From which score on detections are drawn; default 0.5.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     cache: Cache = DEFAULT_CACHE,
 ) -> None:
-    """Detect in photographs: COCO results as JSON, and pictures with boxes, masks, names and scores.
+    """Detect in photographs, or label their pixels; files for programs, and pictures to look at.
+
+    A detector gives COCO results as JSON, a segmentor PNGs of class indices.
 
     Example: rcmae predict runs/detect/detector my_photos --out runs/found
     """
@@ -180,22 +194,17 @@ def robust(
 
     Example: rcmae robust configs/robustness/cifar10_corruptions.yaml data=cifar10.tgz model=runs/finetune/classifier
     """
-    from tools.launch import Launch, launch
-
     plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
-    if plan.size > 1 and not is_worker() and not dry_run:
-        return launch(plan, ["robust", *(settings or [])])
-    from core.config import dump_config, load_config
-    from robustness import run
-    from robustness.settings import RobustConfig
 
-    config = load_config(RobustConfig, *split(settings or []))
-    if dry_run:
-        print(dump_config(config))
-        print("\n".join(run.dry_run(config, plan.size)))
-        return 0
-    run.robust(config)
-    return 0
+    def prepare() -> Prepared:
+        from core.config import load_config
+        from robustness import run
+        from robustness.settings import RobustConfig
+
+        config = load_config(RobustConfig, *split(settings or []))
+        return Prepared(config, lambda: run.robust(config), lambda: run.dry_run(config, plan.size))
+
+    return carry_out(["robust", *(settings or [])], plan, dry_run, prepare)
 
 
 @app.command()
@@ -215,22 +224,30 @@ def export(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="A checkpoint of MAE, RC-MAE, timm, Hugging Face or ViTDet, or a detector directory."),
+        typer.Argument(
+            help="A checkpoint of MAE, RC-MAE, timm, Hugging Face, ViTDet or mmsegmentation; or the directory of a "
+            "detector or a segmentor."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="The directory to write; of a detector directory a .safetensors file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write; of a directory a .safetensors or .pth file.")],
     branch: Annotated[str, typer.Option(help="teacher or student, for RC-MAE's files.")] = "teacher",
     num_heads: Annotated[int | None, typer.Option(help="For sizes that are not published ones.")] = None,
     names_json: Annotated[
         Path | None, typer.Option(help="COCO-format JSON that a ViTDet was trained on; default: COCO's 80 classes.")
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names that an UperNet was trained on, a class per line; default: ADE20K's 150 classes."),
+    ] = None,
 ) -> None:
-    """Turn a foreign checkpoint into a backbone or detector directory and say what became of every tensor.
+    """Turn a foreign checkpoint into a backbone, detector or segmentor directory; say what became of every tensor.
 
-    A detector directory is turned into a file with detectron2's names.
+    A detector directory is turned into a file with detectron2's names, a segmentor directory into one with
+    mmsegmentation's.
     """
     from tools.convert import convert_checkpoint
 
-    print("\n".join(convert_checkpoint(source, out, branch, num_heads, names_json)))
+    print("\n".join(convert_checkpoint(source, out, branch, num_heads, names_json, classes)))
 
 
 @app.command()
@@ -265,8 +282,9 @@ def corrupt(
 def doctor(settings: Settings = None) -> int:
     """Look at a data set before training: what is wrong, and what training will do with each fault.
 
-    Exit code 0: it can be trained on; 3: it cannot. COCO's layout, or any COCO-format JSON and its image folder.
-    Example: rcmae doctor data=my_set; rcmae doctor train_json=a.json train_images=a val_json=b.json val_images=b
+    Exit code 0: it can be trained on; 3: it cannot. COCO's layout, or any COCO-format JSON and its image folder; images
+    with label PNGs: every stored value, and what classes=, label_shift=, label_map= and ignore_index= make of it.
+    Example: rcmae doctor data=my_coco; rcmae doctor data=my_set classes=classes.txt label_shift=1 out=pictures
     """
     from core.config import load_config
     from tools.doctor import DoctorConfig

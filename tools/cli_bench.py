@@ -93,6 +93,36 @@ def bench_detect(
     run(path, overrides, model, numbers("--batch-sizes", batch_sizes, least=1), rounds)
 
 
+@app.command("segment")
+def bench_segment(
+    settings: Settings = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, small, base, large or huge; default: base on a GPU, tiny on a CPU.", show_default=False
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Images per training step; default: 16 on a GPU, 2 on a CPU."),
+    ] = None,
+    image: Annotated[
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the image that windows slide over.")
+    ] = "683x512",
+    rounds: Rounds = 3,
+) -> None:
+    """Training steps and sliding-window evaluation of UperNet beside a plain one; crops of 512 px, 150 classes.
+
+    Sizes are keys: img_size, inference.crop, inference.stride, inference.window_batch_size, eval_precision.
+    Example: rcmae bench segment img_size=256 eval_precision=bf16 --model small --batch-sizes 4
+    """
+    from tools.bench_segment import bench_segment as run
+
+    path, overrides = split(settings or [])
+    sizes = numbers("--batch-sizes", batch_sizes, least=2) if batch_sizes else None
+    run(path, overrides, model, sizes, image, rounds)
+
+
 @app.command("coco-eval")
 def bench_coco_eval(
     images: Annotated[int, typer.Option(min=1, help="How many, made up.")] = 5000,
@@ -109,8 +139,9 @@ def bench_coco_eval(
 def bench_gpu(
     data: Annotated[str | None, typer.Argument(help="Photographs for the loader; drawn where none are given.")] = None,
     work: Annotated[Path, typer.Option(help="Where they are drawn.")] = Path("runs/bench"),
+    only: Annotated[str, typer.Option(help="Some of pretrain, images, detect, segment; default: all.")] = "",
 ) -> None:
-    """Every GPU row of docs/benchmarks.md in under ten minutes."""
+    """Every GPU row of docs/benchmarks.md; --only for a machine that is lent by the minute."""
     from tools.bench_data import bench_gpu as run
 
-    run(data, work)
+    run(data, work, only.split(",") if only else ())

@@ -1,27 +1,35 @@
-"""`rcmae convert`: foreign checkpoints to backbone and detector directories, and a detector to detectron2's names."""
+"""`rcmae convert`: foreign checkpoints to directories of this suite, and those of detectors and segmentors back."""
 
 from pathlib import Path
 
 from core.backbone_io import export_backbone, load_backbone, read_weights
 from core.errors import CheckpointError, ConfigError, MachineError, shown
-from core.foreign_keys import flat_state
+from core.foreign_keys import State, flat_state
+from core.model_directory import kind_of
+from transfer.detection import detector
 from transfer.detection.coco_names import COCO, read_categories
 from transfer.detection.detectron2_files import (
     detector_from_detectron2,
     detector_to_detectron2,
-    is_detector,
     is_detectron2,
     refuse_pickle,
 )
+from transfer.segmentation import directory
+from transfer.segmentation.mmseg_files import is_mmseg, segmentor_from_mmseg, segmentor_to_mmseg
 
 
 def convert_checkpoint(
-    source: Path, out: Path, branch: str, num_heads: int | None, names_json: Path | None = None
+    source: Path,
+    out: Path,
+    branch: str,
+    num_heads: int | None,
+    names_json: Path | None = None,
+    classes: str | None = None,
 ) -> list[str]:
     """Load `source`, write it to `out`, and return the report.
 
     What it is follows from its names: a plain ViT becomes a backbone directory, detectron2's ViTDet a detector
-    directory, a detector directory a file of detectron2's names.
+    directory, mmsegmentation's UperNet a segmentor directory, and a directory of either a file of their names.
 
     Raises: CheckpointError for what cannot be explained.
     """
@@ -30,14 +38,20 @@ def convert_checkpoint(
     if out.exists():
         raise MachineError(f"{shown(out)}: exists already; give a new name")
     refuse_pickle(source)
-    if is_detector(source):
+    kind, state = kind_of(source), _foreign_state(source, branch)
+    if names_json and not is_detectron2(state):
+        raise ConfigError("--names-json: has no effect; the source is no detector of detectron2")
+    if classes and not is_mmseg(state):
+        raise ConfigError("--classes: has no effect; the source is no segmentor of mmsegmentation")
+    if kind == detector.KIND:
         lines = detector_to_detectron2(source, out).lines()
-    elif _holds_detectron2(source):
-        state, _ = flat_state(read_weights(source), branch)
+    elif kind == directory.KIND:
+        lines = segmentor_to_mmseg(source, out).lines()
+    elif is_detectron2(state):
         categories = read_categories(names_json) if names_json else COCO
         lines = detector_from_detectron2(state, categories, out, shown(source)).lines()
-    elif names_json:
-        raise ConfigError("--names-json: has no effect; the source is no detector of detectron2")
+    elif is_mmseg(state):
+        lines = segmentor_from_mmseg(state, classes, num_heads, out, shown(source)).lines()
     else:
         vit, report = load_backbone(source, branch=branch, num_heads=num_heads)
         export_backbone(out, vit, {"converted_from": shown(source.name), "layout": report.layout})
@@ -45,9 +59,9 @@ def convert_checkpoint(
     return [*lines, f"written  {shown(out)}"]
 
 
-def _holds_detectron2(source: Path) -> bool:
-    """Whether a file holds a detector; one that cannot be read holds none, and `load_backbone` says why."""
+def _foreign_state(source: Path, branch: str) -> State:
+    """The weights in a file; none of one that cannot be read, of which `load_backbone` says why."""
     try:
-        return source.is_file() and is_detectron2(flat_state(read_weights(source), "teacher")[0])
+        return flat_state(read_weights(source), branch)[0] if source.is_file() else {}
     except CheckpointError:
-        return False
+        return {}

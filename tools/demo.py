@@ -14,13 +14,15 @@ from transfer.classification.run import classify
 from transfer.classification.settings import ClassifyConfig
 from transfer.detection.run import detect
 from transfer.detection.settings import DetectConfig
+from transfer.segmentation.run import segment
+from transfer.segmentation.settings import SegmentConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "demo"
 NUM_TRAIN, NUM_VAL = 2400, 500
 
 
 def run_demo(out: Path) -> None:
-    """Draw the world below `out`, pretrain, fine-tune and corrupt on it, and say where everything is."""
+    """Draw the world below `out`, run every stage on it, and say where everything is."""
     world = out / "world"
     print(f"drawing a world of textured shapes into {shown(world)}")
     try:
@@ -43,12 +45,16 @@ def run_demo(out: Path) -> None:
     errors = robust(load_config(RobustConfig, RECIPES / "corruptions.yaml", overrides))["figures"]
     lines += [f"{name:22} {value:8.4g}" for name, value in errors.items() if name.endswith("mean_error_pct")]
 
-    found = out / "detect"
-    precision = _detect(found, world / "coco", [f"cache={out / 'cache'}", f"backbone={out / 'pretrain' / 'backbone'}"])
-    lines += [f"{name + ' of shapes':22} {precision[name]:8.4g}" for name in ("box_ap50", "mask_ap50")]
+    found, labelled = out / "detect", out / "segment"
+    shared = [f"cache={out / 'cache'}", f"backbone={out / 'pretrain' / 'backbone'}"]
+    precision = _detect(found, world / "coco", shared)
+    lines += [f"{name + ' of shapes, %':22} {100 * precision[name]:8.4g}" for name in ("box_ap50", "mask_ap50")]
+    overrides = [*shared, f"data={world / 'ade20k'}", f"classes={world / 'ade20k' / 'shapes.txt'}", f"out={labelled}"]
+    overlap = segment(load_config(SegmentConfig, RECIPES / "segment.yaml", overrides))["figures"]
+    lines.append(f"{'miou of shapes, %':22} {overlap['miou_pct']:8.4g}")
     print("\n" + "\n".join(lines))
-    pictures = (out / "pretrain" / "pictures", tuned / "confusion.png", swept, found / "pictures")
-    print(f"pictures   {', '.join(map(shown, pictures))}")
+    where = (out / "pretrain" / "pictures", tuned / "confusion.png", swept, found / "pictures", labelled / "pictures")
+    print(f"pictures   {', '.join(map(shown, where))}")
     print(f"backbone   timm.create_model('local-dir:{shown(out / 'pretrain' / 'backbone')}', pretrained=True)")
 
 

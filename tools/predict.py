@@ -1,75 +1,85 @@
-"""`rcmae predict`: a detector on any folder of photographs; COCO-result JSON, and pictures of what was found."""
+"""`rcmae predict`: a detector or a segmentor on any folder of photographs. Here is what both kinds share."""
 
-import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from rich.progress import track
 from torch import Tensor
-from torchvision.io import encode_jpeg
 
 from core.datasets import ImageSource, open_images
-from core.engine import autocast
-from core.errors import ConfigError, DataError, shown
-from core.files import replace_file
+from core.errors import CheckpointError, ConfigError, DataError, shown
 from core.images import MAX_PIXELS, BadImage
 from core.loader import read_image
 from core.log import console_logging
 from core.machine import choose_device
-from transfer.detection.coco_eval import detection_rows
-from transfer.detection.data import normalized_images, padded
-from transfer.detection.detector import LoadedDetector, load_detector
-from transfer.detection.draw import draw_detections
-from transfer.detection.inference import Detections
-from transfer.detection.jitter import eval_size, resize_to_fit
+from core.model_directory import kind_of
+from tools.predict_detect import DetectorPredictions
+from tools.predict_segment import SegmentorPredictions
+from transfer.detection.detector import KIND as DETECTOR
+from transfer.segmentation.directory import KIND as SEGMENTOR
+
+MIN_SCORE = 0.5  # from which on detections are drawn, where nothing else is said
 
 logger = logging.getLogger("rcmae")
 
 
+class Predictions(Protocol):
+    """A model at work on photographs, one after the other."""
+
+    def add(self, stem: str, index: int, name: str, image: Tensor) -> None:
+        """Look at a photograph uint8 [3, H, W] and write what was found, in files that are called `stem`."""
+
+    def finish(self) -> str:
+        """Write what is about all of them; returns a line that sums up."""
+
+
 def predict(
-    model: Path, images: Path, out: Path, min_score: float, device_name: str, precision: str, cache: Path
+    model: Path, images: Path, out: Path, min_score: float | None, device_name: str, precision: str, cache: Path
 ) -> None:
-    """Detect in every image of a folder, tar or single file, and write into `out`.
+    """Use a model on every image of a folder, tar or single file, and write into `out`.
 
-    detections.json: COCO results, from the detector's own score threshold on. images.json: ids of images and
-    categories. pictures/: each photograph with what was found from `min_score` on. A broken image is left out, by name.
+    What is written depends on the kind of model, which its directory says. A broken image is left out, by name.
 
+    Args:
+        min_score: from which on detections are drawn; a segmentor has none.
     Raises: ConfigError where `out` holds something; CheckpointError, DataError.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{shown(out)}: not empty; give another --out")
     with console_logging():
-        loaded = load_detector(model)
-        device = choose_device(device_name)
-        loaded.model.to(device)
+        predictions = _opener(model, min_score)(model, out, choose_device(device_name), precision)
         source = _open(images, cache)
-        results: list[dict[str, Any]] = []
-        entries: list[dict[str, Any]] = []
-        for index in track(range(len(source)), "detecting"):
+        num_read = 0
+        for index in track(range(len(source)), "looking"):
+            name = source.name(index)
             try:
                 image = read_image(source, index, 3, MAX_PIXELS)
             except BadImage as error:
-                logger.warning("left out %s: %s", source.name(index), error)
+                logger.warning("left out %s: %s", name, error)
                 continue
-            found = _detect(loaded, image, device, precision)
-            entries.append(_entry(index, source, image))
-            results += _results(index, found, loaded)
-            picture = draw_detections(image, found, loaded.names, min_score)
-            target = out / "pictures" / f"{index:06d}_{_safe(source.name(index))}.jpg"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(target, encode_jpeg(picture.contiguous(), quality=92).numpy().tobytes())
-        if not entries:
+            predictions.add(f"{index:06d}_{_safe(name)}", index, name, image)
+            num_read += 1
+        if not num_read:
             raise DataError(f"{shown(images)}: no image in it could be read")
-        categories = [{"id": id_, "name": name} for id_, name in zip(loaded.category_ids, loaded.names, strict=True)]
-        replace_file(out / "detections.json", json.dumps(results).encode())
-        replace_file(out / "images.json", json.dumps({"images": entries, "categories": categories}, indent=1).encode())
-        shown_ones = sum(result["score"] >= min_score for result in results)
-        logger.info(
-            "%d images, %d detections, %d of them from score %g on drawn; %s",
-            len(entries), len(results), shown_ones, min_score, shown(out / "pictures"),
-        )  # fmt: skip
+        logger.info("%d images, %s", num_read, predictions.finish())
+
+
+def _opener(model: Path, min_score: float | None) -> Callable[[Path, Path, torch.device, str], Predictions]:
+    """What makes `Predictions` of a directory, by its kind."""
+    kind = kind_of(model)
+    if kind == DETECTOR:
+        return partial(DetectorPredictions, min_score=MIN_SCORE if min_score is None else min_score)
+    if kind == SEGMENTOR:
+        if min_score is not None:
+            raise ConfigError("--min-score: a segmentor gives every pixel its likeliest class; leave it out")
+        return SegmentorPredictions
+    raise CheckpointError(
+        f"{shown(model)}: no detector directory, and no segmentor's; expected what rcmae detect or segment writes"
+    )
 
 
 def _open(images: Path, cache: Path) -> ImageSource:
@@ -81,33 +91,6 @@ def _open(images: Path, cache: Path) -> ImageSource:
     if not chosen:
         raise DataError(f"{shown(images)}: no image by its ending; expected a photograph or a folder of them")
     return whole.subset(torch.tensor(chosen).numpy())
-
-
-@torch.no_grad()
-def _detect(loaded: LoadedDetector, image: Tensor, device: torch.device, precision: str) -> Detections:
-    original = (image.shape[1], image.shape[2])
-    square = padded(resize_to_fit(image, loaded.side), loaded.side).unsqueeze(0).to(device)  # [1, 3, S, S]
-    sizes = torch.tensor([eval_size(original, loaded.side)], device=device)
-    with autocast(device, precision):
-        (found,) = loaded.model.detect(normalized_images(square, sizes, torch.float32), sizes, [original])
-    return found
-
-
-def _entry(index: int, source: ImageSource, image: Tensor) -> dict[str, Any]:
-    return {"id": index, "file_name": source.name(index), "height": image.shape[1], "width": image.shape[2]}
-
-
-def _results(index: int, found: Detections, loaded: LoadedDetector) -> list[dict[str, Any]]:
-    return [
-        {
-            "image_id": index,
-            "category_id": loaded.category_ids[row.label],
-            "bbox": list(row.xywh),
-            "score": row.score,
-            "segmentation": {"size": list(found.size), "counts": row.mask},
-        }
-        for row in detection_rows(index, found)
-    ]
 
 
 def _safe(name: str) -> str:

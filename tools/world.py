@@ -61,8 +61,9 @@ def draw_world(
 
     Writes `imagefolder/{train,val}/<kind>/NNNN.png` (one shape each, classes balanced); a COCO tree `coco/` of scenes
     with 0 to 4 shapes, whose `instances_*.json` name the kinds and whose `shapes_*.json` call each a shape; and
-    `ade20k/`, the same scenes with label PNGs: 0 = other, k = KINDS[k - 1]. Every picture depends on (seed, split, its
-    number) alone, so a larger world begins with the smaller one.
+    `ade20k/`, the same scenes with label PNGs: 0 = other, k = KINDS[k - 1], named in `classes.txt`, and in `shapes.txt`
+    for those who only tell shapes from ground. Every picture depends on (seed, split, its number) alone, so a larger
+    world begins with the smaller one.
 
     Args:
         root: a folder to make; absent, empty, or a world drawn with the same arguments.
@@ -88,6 +89,7 @@ def draw_world(
             _write_objects(partial / "imagefolder", split, num_images // len(KINDS), seed, object_size_px)
             _write_scenes(partial, split, max(2, num_images // 4), seed, scene_size_px)
         (partial / "ade20k" / "classes.txt").write_text("".join(f"{kind}\n" for kind in KINDS))
+        (partial / "ade20k" / "shapes.txt").write_text("ground #30607a\nshape #ffb000\n")
         (partial / "world.json").write_text(json.dumps(world, indent=1))
         try:
             partial.rename(root)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from core.backbone_io import CONFIG, WEIGHTS, fill, read_weights, timm_architecture
-from core.errors import CheckpointError, shown
-from core.files import FileSystem, replace_dir
+from core.backbone_io import WEIGHTS, fill, read_weights, timm_architecture
+from core.errors import shown
+from core.files import FileSystem
+from core.model_directory import read_description, write_model
 from core.vit import LAYER_NORM_EPS, ViT, ViTConfig
 
 Pool = Literal["mean", "cls"]
@@ -104,7 +103,6 @@ def export_classifier(
 ) -> None:
     """Write a classifier directory, whole or not at all."""
     config = model.config
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     architecture, arguments = timm_architecture(config)
     if model.pool == "mean":
         arguments["global_pool"] = "avg"
@@ -128,7 +126,7 @@ def export_classifier(
         },
         "rcmae": {"vit": config.model_dump(mode="json"), "pool": model.pool, **provenance},
     }
-    replace_dir(folder, {WEIGHTS: save(state), CONFIG: json.dumps(description, indent=1).encode()}, fs)
+    write_model(folder, model, description, fs)
 
 
 def load_classifier(folder: Path) -> LoadedClassifier:
@@ -137,21 +135,18 @@ def load_classifier(folder: Path) -> LoadedClassifier:
     Raises: CheckpointError where something is missing, unknown, or of another shape; NumericError for weights that are
         not finite.
     """
-    name = shown(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{name}: no classifier directory; expected {WEIGHTS} and {CONFIG}, as classify writes")
-    try:
-        description = json.loads((folder / CONFIG).read_bytes())
-        classes = tuple(str(label) for label in description["label_names"])
-        ours, stored = description["rcmae"], description["pretrained_cfg"]
-        config = ViTConfig.model_validate_json(json.dumps(ours["vit"]))
-        pool: Pool = {"mean": "mean", "cls": "cls"}[ours["pool"]]  # type: ignore[assignment]
-        mean, std = (tuple(float(value) for value in stored[key]) for key in ("mean", "std"))
-        crop_ratio = float(stored["crop_pct"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
-        first = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise CheckpointError(f"{shown(folder / CONFIG)}: not a classifier's description: {first}") from None
+    loaded = read_description(folder, "classifier", "classify", _described)
+    fill(loaded.model, read_weights(folder / WEIGHTS), shown(folder))
+    return loaded
+
+
+def _described(description: dict[str, Any]) -> LoadedClassifier:
+    """A classifier as its description says, with weights yet to be loaded."""
+    classes = tuple(str(label) for label in description["label_names"])
+    ours, stored = description["rcmae"], description["pretrained_cfg"]
+    config = ViTConfig.model_validate_json(json.dumps(ours["vit"]))
+    pool: Pool = {"mean": "mean", "cls": "cls"}[ours["pool"]]  # type: ignore[assignment]
+    mean, std = (tuple(float(value) for value in stored[key]) for key in ("mean", "std"))
     provenance = {key: value for key, value in ours.items() if key not in {"vit", "pool"}}
     model = Classifier(config, len(classes), pool)
-    fill(model, read_weights(folder / WEIGHTS), name)
-    return LoadedClassifier(model, classes, mean, std, crop_ratio, provenance)
+    return LoadedClassifier(model, classes, mean, std, float(stored["crop_pct"]), provenance)

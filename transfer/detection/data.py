@@ -11,7 +11,7 @@ from torch import Tensor
 from core.errors import DataError, shown
 from core.images import BadImage
 from core.loader import EvalBatch, EvalImages, read_image
-from core.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
+from core.transforms import normalized_images
 from transfer.detection.coco import CocoSet
 from transfer.detection.jitter import Draws, JitterConfig, eval_size, jitter, resize_to_fit
 from transfer.detection.targets import Targets
@@ -166,14 +166,6 @@ def detection_batch(batch: EvalBatch, coco: CocoSet, side: int) -> DetectionBatc
 def normalized(batch: DetectionBatch, dtype: torch.dtype) -> Tensor:
     """The network's input [B, 3, S, S]: ImageNet's mean and deviation, then zeros around the content. Spec 1.4."""
     return normalized_images(batch.images, batch.sizes, dtype)
-
-
-def normalized_images(images: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `normalized`, of uint8 images [B, 3, S, S] whose content has these sizes [B, 2], (height, width)."""
-    images = normalize(images, IMAGENET_MEAN, IMAGENET_STD, dtype)
-    place = torch.arange(images.shape[-1], device=images.device)  # [S]
-    rows, columns = (place < sizes[:, axis, None] for axis in (0, 1))  # [B, S] each
-    return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
 def require_size(coco: CocoSet, image: Tensor, index: int) -> None:

@@ -1,6 +1,5 @@
 """Files of detectron2's ViTDet as detector directories, and back. The names are those of `weights.py`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from core.backbone_io import CONFIG, fill
+from core.backbone_io import fill
 from core.errors import CheckpointError, ConfigError, shown
 from core.files import replace_file
 from core.vit import ViT
 from transfer.detection.coco_names import Categories
-from transfer.detection.detector import KIND, export_detector, load_detector
+from transfer.detection.detector import export_detector, load_detector
 from transfer.detection.mask_rcnn import build_mask_rcnn
 from transfer.detection.weights import ConversionReport, from_detectron2, sizes_of, to_detectron2
 
@@ -28,14 +27,6 @@ FROM_PICKLE = (
 def is_detectron2(state: Mapping[str, Any]) -> bool:
     """Whether these are names of a detectron2 ViTDet."""
     return any(name.startswith(("backbone.net.", "proposal_generator.")) for name in state)
-
-
-def is_detector(folder: Path) -> bool:
-    """Whether a folder is a detector directory, by its description."""
-    try:
-        return json.loads((folder / CONFIG).read_bytes())["rcmae"]["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def refuse_pickle(path: Path) -> None:

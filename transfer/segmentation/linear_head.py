@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from core.vit import ViT
 from transfer.segmentation.losses import pixel_cross_entropy
-from transfer.segmentation.segmentor import LabelsConfig, padded, require_same_size
-from transfer.segmentation.upernet import init_conv_seg, resize
+from transfer.segmentation.resizing import CoarseLogits
+from transfer.segmentation.segmentor import LabelsConfig, Segmentor, padded, require_same_size
+from transfer.segmentation.upernet import init_conv_seg
 
 
 class LinearHead(nn.Module):
@@ -54,15 +55,14 @@ class LinearSegmentor(nn.Module):
         return {"loss_decode": pixel_cross_entropy(scores, labels, self.config.average, self.config.ignore_index)}
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores of every pixel, [B, K, H, W] float32, of images [B, C, H, W] of any size, in evaluation mode.
+    def logits(self, images: Tensor) -> CoarseLogits:
+        """Class scores of images [B, C, H, W] of any size, one per patch, in evaluation mode.
 
         Raises: ValueError for images larger than relative position bias is made for.
         """
         assert not self.training, "in training mode batch norm would mix the images; call eval() first"
         whole = padded(images, self.backbone.config, min_patches=1)
-        scores = resize(self.head(self.features(whole)).float(), whole.shape[2:])  # [B, K, H', W']
-        return scores[:, :, : images.shape[2], : images.shape[3]]
+        return CoarseLogits(self.head(self.features(whole)).float(), (whole.shape[2], whole.shape[3]))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -73,3 +73,6 @@ class LinearSegmentor(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise the head; the ViT comes from a backbone."""
         self.head.init_weights(generator)
+
+
+Network = Segmentor | LinearSegmentor

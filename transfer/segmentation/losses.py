@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transfer.segmentation.upernet import resize
+from transfer.segmentation.resizing import resize
 
 Average = Literal["all_pixels", "valid_pixels"]
 

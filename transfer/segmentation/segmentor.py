@@ -15,7 +15,8 @@ from core.config import Config
 from core.vit import ViT, ViTConfig
 from transfer.segmentation.losses import Average, pixel_cross_entropy
 from transfer.segmentation.necks import NUM_LEVELS, Feature2Pyramid
-from transfer.segmentation.upernet import FCNHead, UPerHead, resize
+from transfer.segmentation.resizing import CoarseLogits
+from transfer.segmentation.upernet import FCNHead, UPerHead
 
 AUX_LEVEL = 2  # of the neck's maps, the one with the stride of the patches
 
@@ -129,18 +130,17 @@ class Segmentor(nn.Module):
         return {"loss_decode": decode, "loss_aux": self.config.aux_weight * aux}
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores of every pixel, in evaluation mode.
+    def logits(self, images: Tensor) -> CoarseLogits:
+        """Class scores of images, a quarter of a patch apart, in evaluation mode.
 
         Args:
             images: [B, C, H, W] float, normalised, of any size; see `padded`.
-        Returns: [B, K, H, W] float32.
         Raises: ValueError for images larger than relative position bias is made for.
         """
         assert not self.training, "in training mode batch norm would mix the images; call eval() first"
         whole = padded(images, self.backbone.config, min_patches=2)  # of which the neck's last map is a half
         scores = self.decode_head(self.features(whole))  # [B, K, H' / (P / 4), W' / (P / 4)]
-        return resize(scores.float(), whole.shape[2:])[:, :, : images.shape[2], : images.shape[3]]  # [B, K, H, W]
+        return CoarseLogits(scores.float(), (whole.shape[2], whole.shape[3]))
 
     def features(self, images: Tensor, branch_scales: Tensor | None = None) -> list[Tensor]:
         """What the heads see of normalised images [B, C, H, W]: four maps of `Feature2Pyramid`."""

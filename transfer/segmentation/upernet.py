@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer.segmentation.necks import NUM_LEVELS
+from transfer.segmentation.resizing import conv3x3_of_resized, resize
 
 LOGITS_STD = 0.01
 
@@ -24,7 +25,11 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to [B, D, h, w]."""
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def of_resized(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """As `forward`, with a kernel of 3, of maps [B, c, h, w] resized to (H, W) and concatenated: [B, D, H, W]."""
+        return F.relu(self.bn(conv3x3_of_resized(maps, self.conv.weight, size)), inplace=True)
 
 
 class PyramidPooling(nn.Module):
@@ -41,12 +46,11 @@ class PyramidPooling(nn.Module):
 
         In training, batch norm over a single cell needs more than one image (of all processes, where synchronised).
         """
-        size = x.shape[2:]
         pooled = [
-            resize(branch(F.adaptive_avg_pool2d(x, scale)), size)  # [B, D, scale, scale], then [B, D, h, w]
+            branch(F.adaptive_avg_pool2d(x, scale))  # [B, D, scale, scale]
             for scale, branch in zip(self.pool_scales, self.branches, strict=True)
         ]
-        return self.bottleneck(torch.cat([x, *pooled], dim=1))
+        return self.bottleneck.of_resized([x, *pooled], x.shape[2:])
 
 
 class UPerHead(nn.Module):
@@ -76,8 +80,7 @@ class UPerHead(nn.Module):
         for i in range(NUM_LEVELS - 1, 0, -1):
             laterals[i - 1] = laterals[i - 1] + resize(laterals[i], laterals[i - 1].shape[2:])
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)] + laterals[-1:]
-        finest = outputs[0].shape[2:]
-        fused = self.fpn_bottleneck(torch.cat([resize(x, finest) for x in outputs], dim=1))  # [B, D, h, w]
+        fused = self.fpn_bottleneck.of_resized(outputs, outputs[0].shape[2:])  # [B, D, h, w]
         return self.conv_seg(channel_dropout(fused, self.dropout_ratio, generator))
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -116,13 +119,6 @@ def init_conv_seg(conv_seg: nn.Conv2d, generator: torch.Generator) -> None:
     nn.init.normal_(conv_seg.weight, std=LOGITS_STD, generator=generator)
     assert conv_seg.bias is not None, "class scores have a bias"
     nn.init.zeros_(conv_seg.bias)
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, C, h, w] of another (height, width): bilinear, outer edges aligned, as everywhere in this network."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def channel_dropout(x: Tensor, ratio: float, generator: torch.Generator | None) -> Tensor:

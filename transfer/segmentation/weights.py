@@ -183,8 +183,10 @@ def _segmentor_config(state: Mapping[str, Tensor]) -> SegmentorConfig:
     num_laterals = _count(state, r"decode_head\.lateral_convs\.(\d+)\.bn\.weight")
     if num_laterals != NUM_LEVELS - 1:
         raise ValueError(f"{num_laterals} lateral convolutions, expected {NUM_LEVELS - 1}")
+    num_classes = len(state["decode_head.conv_seg.bias"])
     return SegmentorConfig(
-        num_classes=len(state["decode_head.conv_seg.bias"]),
+        num_classes=num_classes,
+        ignore_index=255 if num_classes <= 255 else 2**16 - 1,  # the most that a label file can hold
         channels=len(state["decode_head.fpn_bottleneck.bn.weight"]),
         aux_channels=len(state["auxiliary_head.conv.bn.weight"]),
     )
