@@ -388,15 +388,17 @@ def eval_loader(
     timeout_s: int,
     processes: Processes,
     collate: Collate | None = None,
-) -> DataLoader:
+) -> Iterator[Any]:
     """This process's full batches; `in_order` brings results of all together again.
 
     Args:
         collate: makes a batch of `batch_size` items of `images`; None: an `EvalBatch`.
+    Raises: as `worker_faults`.
     """
     order = EvalOrder(len(images.source), batch_size, processes.rank, processes.size)
     options = _worker_options(num_workers, timeout_s)
-    return DataLoader(images, batch_sampler=order, collate_fn=collate or _collate_eval, **options)
+    with worker_faults():
+        yield from DataLoader(images, batch_sampler=order, collate_fn=collate or _collate_eval, **options)
 
 
 def in_order(rows: list[Tensor], valid: list[Tensor], processes: Processes) -> Tensor:

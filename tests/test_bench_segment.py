@@ -150,6 +150,7 @@ def test_two_tables_with_a_json_line_each() -> None:
         (["--batch-sizes", "1"], "--batch-sizes 1: expected whole numbers from 2"),
         (["img_size=40"], "img_size=40: expected a multiple of the patches, 16 px"),
         (["head=linear"], "head=linear: what is timed is UperNet"),
+        (["inference.mode=whole"], "inference.mode=whole: what is timed is windows"),
         (["rel_pos_bias=true", "inference.crop=600"], "inference.crop=600: rel_pos_bias binds"),
     ],
 )

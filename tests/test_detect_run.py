@@ -64,7 +64,7 @@ def test_what_is_trained_is_exported_and_evaluates_the_same(finished: Path, coco
     theirs, ours = (json.loads((out / "detections.json").read_text()) for out in (finished, tmp_path / "again"))
     assert theirs == ours
     for step in (0, 6):
-        assert Image.open(finished / "pictures" / f"detections_{step:07d}.png").size == (3 * 32, 2 * 32)
+        assert Image.open(finished / "pictures" / f"detections_{step:07d}.png").size == (3 * 320, 2 * 320)
 
 
 def test_a_cascade_trains_with_bitmaps_from_random_weights_without_windows(
@@ -303,3 +303,16 @@ def test_a_detector_that_is_none(finished: Path, tmp_path: Path, change: object,
     with pytest.raises(CheckpointError, match=line) as caught:
         load_detector(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_image_is_one_line_of_an_evaluation_with_workers(
+    server: ForkServer, finished: Path, coco: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(coco, tmp_path / "coco")
+    first = sorted((tmp_path / "coco/val2017").iterdir())[0]
+    first.write_bytes(first.read_bytes()[:40])
+    overrides = [*tiny_detection(tmp_path / "coco", tmp_path / "out", finished / "detector"), "loader.num_workers=1"]
+    assert server.run(overrides, tmp_path / "log", stage="detect --eval") == 3
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error:")]
+    assert first.name in line and "an evaluation counts every image" in line
+    assert "Traceback" not in (tmp_path / "log").read_text()

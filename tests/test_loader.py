@@ -7,16 +7,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from core.datasets import ImageSource, open_images
 from core.distributed import Processes
@@ -337,7 +337,7 @@ def test_without_classes_every_label_is_minus_one(tmp_path: Path) -> None:
     assert batch.images.flatten().tolist() == [0, 9]
 
 
-def fault_of(loader: DataLoader) -> str:
+def fault_of(loader: Iterable[Any]) -> str:
     """What reading a loader to its end says. The exception is not kept: it would keep the loader and its workers."""
     try:
         with worker_faults():

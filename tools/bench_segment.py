@@ -111,6 +111,10 @@ def settled(path: Path | None, overrides: list[str], model: str | None, image: s
     config = load_config(SegmentConfig, path, [*(t for t in needed if t.partition("=")[0] not in given), *overrides])
     if config.head != "upernet":
         raise ConfigError(f"head={config.head}: what is timed is UperNet; give head=upernet")
+    if config.inference.mode != "slide":
+        raise ConfigError(
+            f"inference.mode={config.inference.mode}: what is timed is windows; give inference.mode=slide"
+        )
     device = choose_device(config.device)
     model = model or ("base" if device.type == "cuda" else "tiny")
     if model not in ENCODERS:

@@ -75,6 +75,6 @@ def _taps_then_resize(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _shifted_resizes(old: int, new: int, device: torch.device) -> Tensor:
-    """[3, new, old]: the weight of each old cell in the new cells i - 1, i and i + 1; none outside, as padding has it."""
+    """[3, new, old]: the weight of each old cell in the new cells i - 1, i, i + 1; none outside, as padding has it."""
     weights = resize_rows(torch.eye(old, device=device), new)  # [new, old]
     return F.pad(weights, (0, 0, 1, 1)).unfold(0, new, 1).transpose(1, 2)

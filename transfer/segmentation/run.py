@@ -18,7 +18,6 @@ from core.distributed import Processes, joined
 from core.engine import Progress, fit
 from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, replace_file
-from core.loader import worker_faults
 from core.log import console_logging, draw_curves, read_metrics
 from core.machine import choose_device, git_commit
 from core.optim import adamw, warmup_poly
@@ -123,8 +122,7 @@ def evaluate_segmentor(given: SegmentConfig) -> dict[str, Any]:
             inference, vit = config.inference.settled(config.img_size), loaded.model.backbone.config
             evaluator = _evaluator(config, pairs, len(loaded.classes), vit, inference, device, processes)
             logger.info("segmentor %s, weights %s; %d images", shown(config.backbone), digest, len(pairs))
-            with worker_faults():
-                confusion = evaluator(loaded.model.to(device).eval())
+            confusion = evaluator(loaded.model.to(device).eval())
             return processes.on_main(
                 lambda: _write_results(writer, config, loaded.classes, len(pairs), confusion, {"segmentor": digest})
             )
@@ -257,8 +255,7 @@ def _train(
     )  # fmt: skip
     progress = fit(task, feed, checkpoint, run)
     if task.latest is None:  # the run was finished before
-        with worker_faults():
-            task.evaluate(progress.step)
+        task.evaluate(progress.step)
     return processes.on_main(lambda: _finish(setting, task, feed.broken, progress, writer))
 
 

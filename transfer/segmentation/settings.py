@@ -22,6 +22,7 @@ from core.start import RunConfig, accumulation_of, batch_line, choose_workers, r
 from core.vit import ViT, ViTConfig
 from transfer.segmentation.augment import AugmentConfig
 from transfer.segmentation.classes import Classes
+from transfer.segmentation.directory import Head
 from transfer.segmentation.labels import LabelKeys, LabelTable
 from transfer.segmentation.linear_head import LinearSegmentor, Network
 from transfer.segmentation.pairs import SegmentationSet
@@ -38,8 +39,6 @@ PATHS = ("backbone", "train_images", "train_labels", "val_images", "val_labels")
 # Where the images lie may change when a run goes on; that they are the same is checked.
 HARMLESS_KEYS = (*start.HARMLESS_KEYS, *PATHS)
 ONLY_UPERNET = ("layer_decay", "drop_path", "rel_pos_bias", "layer_scale", "activation_checkpointing")
-
-Head = Literal["upernet", "linear"]
 
 
 class SegmentOptim(OptimConfig):
