@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -335,6 +335,14 @@ class EvalBatch(NamedTuple):
     valid: Tensor  # bool [B]
 
 
+class EvalItem(NamedTuple):
+    """One row of an `EvalBatch`. Items of other evaluations have the image first too, and `valid`."""
+
+    image: Any  # what the transform made of it
+    label: int
+    valid: bool
+
+
 @dataclass(frozen=True)
 class EvalImages(Dataset):
     """Every image of a source once, in order. A broken one is an error: an evaluation never skips."""
@@ -344,8 +352,8 @@ class EvalImages(Dataset):
     channels: int = 3
     max_pixels: int = MAX_PIXELS
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
-        """(image, label, valid); an index past the end is a filler. Raises: DataError naming a broken image."""
+    def __getitem__(self, index: int) -> EvalItem:
+        """One image; an index past the end is a filler. Raises: DataError naming a broken image."""
         valid = index < len(self.source)
         index = index if valid else 0
         try:
@@ -356,7 +364,7 @@ class EvalImages(Dataset):
                 "so mend or remove it"
             ) from None
         label = -1 if self.source.labels is None else int(self.source.labels[index])
-        return self.transform(image), label, valid
+        return EvalItem(self.transform(image), label, valid)
 
 
 @dataclass(frozen=True)
@@ -398,7 +406,7 @@ def eval_loader(
     order = EvalOrder(len(images.source), batch_size, processes.rank, processes.size)
     options = _worker_options(num_workers, timeout_s)
     with worker_faults():
-        yield from DataLoader(images, batch_sampler=order, collate_fn=collate or _collate_eval, **options)
+        yield from DataLoader(images, batch_sampler=order, collate_fn=collate or collate_eval, **options)
 
 
 def in_order(rows: list[Tensor], valid: list[Tensor], processes: Processes) -> Tensor:
@@ -409,6 +417,11 @@ def in_order(rows: list[Tensor], valid: list[Tensor], processes: Processes) -> T
     return values.transpose(0, 1).flatten(0, 2)[keep.transpose(0, 1).flatten().bool()]
 
 
-def _collate_eval(items: Sequence[tuple[Tensor, int, bool]]) -> EvalBatch:
+# `eval_loader`, or what does more than that with the images on their way; its arguments in their order
+Read = Callable[[EvalImages, int, int, int, Processes, Collate | None], Iterable[Any]]
+
+
+def collate_eval(items: Sequence[EvalItem]) -> EvalBatch:
+    """Items of one size as a batch."""
     images, labels, valid = zip(*items, strict=True)
     return EvalBatch(torch.stack(images), torch.tensor(labels), torch.tensor(valid))

@@ -1,10 +1,11 @@
-"""Evaluates one cell of the grid: reads its images, corrupts them, asks the model, and says what the figures mean."""
+"""Evaluates one cell of the grid and says what its figures mean; also how a classifier or backbone is asked."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,39 +40,55 @@ from robustness.imagenet_sets import (
     columns_of,
     subset_synsets,
 )
+from robustness.reference import Reference
 from robustness.results import MASKED
 from robustness.settings import RobustConfig
-from robustness.subject import Subject
+from robustness.subject import Subject, Tested
+
+Beat = Callable[[], None]  # called before each batch, to note that this process is alive; may raise to end a cell
+
+
+class Found(NamedTuple):
+    """What an evaluation of a cell found: its figures, the images that they are of, and what else is kept of it."""
+
+    figures: dict[str, float]
+    opened: OpenSet
+    more: Mapping[str, Any] = {}
+
+
+Examine = Callable[[Cell], Found]  # a model on the images of a cell
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What follows from configuration, model, data and machine."""
+    """What follows from configuration, model, data and machine.
+
+    Attributes:
+        begin: makes what evaluates cells one after the other.
+        reference: of a segmentor, the sweep that its degradation is relative to.
+    """
 
     config: RobustConfig
-    subject: Subject
+    subject: Tested
     sets: Mapping[str, OpenSet]
     cells: Sequence[Cell]
     device: torch.device
     reading: Reading
     commit: str | None
+    begin: Callable[[Beat], Examine]
+    reference: Reference | None = None
 
 
 class CellEvaluator:
-    """Evaluates cells one after the other; images and clean features that several cells share are kept."""
+    """Evaluates cells one after the other."""
 
-    def __init__(self, setting: Setting, beat: Callable[[], None]) -> None:
-        self._setting, self._beat = setting, beat
-        self._images: dict[str, Images] = {}
-        self._clean_features: np.ndarray | None = None
+    def __init__(self, setting: Setting, beat: Beat) -> None:
+        self._setting, self._examine = setting, setting.begin(beat)
 
     def evaluate(self, cell: Cell) -> dict[str, Any]:
         """All that is kept of a cell: figures, and what they must be read with."""
         setting, config, begun = self._setting, self._setting.config, time.monotonic()
-        opened = setting.sets[cell.set]
-        if cell.set == "imagenet_c":
-            opened = open_released_cell(cell, opened, config, setting.subject)
-        figures = self._figures(cell, opened)
+        figures, opened, more = self._examine(cell)
         images = len(opened.source)
         flags = {key: value for key, value in cell.facts.items() if key not in {"model", "data"}} | {
             "images": images,
@@ -94,11 +111,37 @@ class CellEvaluator:
             "seed": config.seed,
             "git_commit": setting.commit,
             "seconds": time.monotonic() - begun,
+            **more,
         }
 
-    def _figures(self, cell: Cell, opened: OpenSet) -> dict[str, float]:
+
+# --- classifiers and backbones --------------------------------------------------------------------------------------
+
+
+class ClassifierCells:
+    """An `Examine`: a classifier or backbone; images and clean features that several cells share are kept."""
+
+    def __init__(
+        self,
+        config: RobustConfig,
+        subject: Subject,
+        sets: Mapping[str, OpenSet],
+        device: torch.device,
+        reading: Reading,
+        beat: Beat,
+    ) -> None:
+        self._config, self._subject, self._sets = config, subject, sets
+        self._device, self._reading, self._beat = device, reading, beat
+        self._images: dict[str, Images] = {}
+        self._clean_features: np.ndarray | None = None
+
+    def __call__(self, cell: Cell) -> Found:
+        """The figures of one cell."""
+        opened = self._sets[cell.set]
+        if cell.set == "imagenet_c":
+            opened = open_released_cell(cell, opened, self._config, self._subject)
         kinds = {"representation": self._cosine, "imagenet_val": self._val, **dict.fromkeys(MASKED, self._masked)}
-        return kinds.get(cell.set, self._accuracy)(cell, opened)
+        return Found(kinds.get(cell.set, self._accuracy)(cell, opened), opened)
 
     def _accuracy(self, cell: Cell, opened: OpenSet) -> dict[str, float]:
         return accuracy_figures(self._answers(cell, opened, ()), _labels(opened))
@@ -112,7 +155,7 @@ class CellEvaluator:
         rows, labels = self._answers(cell, opened, MASKED), _labels(opened)
         figures = accuracy_figures(rows, labels)
         for name in MASKED:
-            among = np.isin(labels, _columns(name, self._setting.subject))
+            among = np.isin(labels, _columns(name, self._subject))
             if among.any():  # a small subset may hold none
                 figures[f"{name}_classes_top1_pct"] = pct(rows[f"{name}/prediction"][among] == labels[among])
                 figures[f"{name}_classes_unmasked_top1_pct"] = pct(rows["top5"][among, 0] == labels[among])
@@ -124,23 +167,22 @@ class CellEvaluator:
         return cosine_figures(self._clean_features, self._features(cell, opened))
 
     def _features(self, cell: Cell, opened: OpenSet) -> np.ndarray:
-        features = self._setting.subject.features
+        features = self._subject.features
         return self._pass(cell, opened)(lambda images: {"features": features(images)})["features"]
 
     def _answers(self, cell: Cell, opened: OpenSet, masks: Sequence[str]) -> dict[str, np.ndarray]:
-        subject = self._setting.subject
+        subject = self._subject
         assert subject.logits is not None, "RobustConfig has a classifier for whatever needs answers"
         return self._pass(cell, opened)(class_answers(subject.logits, {m: _columns(m, subject) for m in masks}))
 
     def _pass(self, cell: Cell, opened: OpenSet) -> Pass:
-        setting = self._setting
-        transform, fit = preparation(cell.set, setting.config, setting.subject)
+        transform, fit = preparation(cell.set, self._config, self._subject)
         images = self._images.get(cell.set)
         if images is None and cell.set in CORRUPTED_HERE:
-            images = self._images[cell.set] = Images(opened.source, opened.ids, transform, setting.reading)
+            images = self._images[cell.set] = Images(opened.source, opened.ids, transform, self._reading)
         elif images is None:  # read once; each cell of ImageNet-C has files of its own
-            images = Images(opened.source, opened.ids, transform, replace(setting.reading, keep_bytes=0))
-        return Pass(images, setting.device, corruption_of(cell, setting.config), fit, self._beat)
+            images = Images(opened.source, opened.ids, transform, replace(self._reading, keep_bytes=0))
+        return Pass(images, self._device, corruption_of(cell, self._config.frost_textures), fit, self._beat)
 
 
 def preparation(name: str, config: RobustConfig, subject: Subject) -> tuple[Transform, Transform]:
@@ -163,12 +205,12 @@ def preparation(name: str, config: RobustConfig, subject: Subject) -> tuple[Tran
     return Decoded(), fit
 
 
-def corruption_of(cell: Cell, config: RobustConfig) -> Corrupt | None:
+def corruption_of(cell: Cell, frost_textures: Path | None) -> Corrupt | None:
     """The corruption of a cell as a function of images and their ids; None where the images are taken as they are."""
     if cell.corruption == CLEAN or cell.set not in CORRUPTED_HERE:
         return None
     facts = cell.facts
-    textures = load_textures(config.frost_textures) if cell.corruption == "frost" else None
+    textures = load_textures(frost_textures) if cell.corruption == "frost" else None
 
     def apply(images: Tensor, ids: Sequence[int]) -> Tensor:
         if min(images.shape[-2:]) < MIN_SIDE:

@@ -115,18 +115,24 @@ class Pass:
 
     def _inputs(self, images: list[Tensor], ids: list[int]) -> Tensor:
         if self.corrupt is not None:
-            images = self._corrupted(images, ids, self.corrupt)
+            images = corrupted(images, ids, self.corrupt, self.device)
         return torch.stack([self.fit(image) for image in images]).to(self.device)  # [B, 3, H, W]
 
-    def _corrupted(self, images: list[Tensor], ids: list[int], corrupt: Corrupt) -> list[Tensor]:
-        by_size: dict[torch.Size, list[int]] = {}
-        for place, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(place)
-        done: dict[int, Tensor] = {}
-        for places in by_size.values():
-            batch = torch.stack([images[place] for place in places]).to(self.device)  # [b, 3, h, w]
-            done |= zip(places, corrupt(batch, [ids[place] for place in places]).unbind(), strict=True)
-        return [done[place] for place in range(len(images))]
+
+def corrupted(images: Sequence[Tensor], ids: Sequence[int], corrupt: Corrupt, device: torch.device) -> list[Tensor]:
+    """Images uint8 [3, h, w] corrupted on the device, those of one size together; what comes out is as long and there.
+
+    Args:
+        ids: one per image, what its draws depend on.
+    """
+    by_size: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(place)
+    done: dict[int, Tensor] = {}
+    for places in by_size.values():
+        batch = torch.stack([images[place] for place in places]).to(device)  # [b, 3, h, w]
+        done |= zip(places, corrupt(batch, [ids[place] for place in places]).unbind(), strict=True)
+    return [done[place] for place in range(len(images))]
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 from core.datasets import ImageSource
 from core.errors import DataError, shown
 from core.files import FileSystem, replace_file
+from core.loader import sample_rng
 from robustness.imagenet_sets import (
     evenly,
     open_imagenet_set,
@@ -28,7 +29,7 @@ from robustness.imagenet_sets import (
     require_imagenet_classes,
 )
 from robustness.settings import RobustConfig
-from robustness.subject import Subject
+from robustness.subject import Subject, Tested
 
 CLEAN = "clean"  # name of the corruption of a clean cell, at severity 0
 CORRUPTED_HERE = ("imagenet_c_otf", "corruptions", "representation")  # on the fly; imagenet_c comes corrupted
@@ -109,8 +110,16 @@ def open_sets(config: RobustConfig, subject: Subject) -> dict[str, OpenSet]:
 
 
 def _thinned(source: ImageSource, config: RobustConfig) -> OpenSet:
-    ids = evenly(len(source), config.num_images)
+    ids = chosen(len(source), config)
     return OpenSet(source.subset(ids), ids, len(source))
+
+
+def chosen(total: int, config: RobustConfig) -> np.ndarray:
+    """The images of a set that a sweep is about, in order: all, some evenly spread, or a sample; int64 [N]."""
+    if config.sample is None or config.sample >= total:
+        return evenly(total, config.num_images)
+    drawn = sample_rng(config.seed, total).choice(total, config.sample, replace=False)
+    return np.sort(drawn).astype(np.int64)
 
 
 def _with_real(val: OpenSet, classes: tuple[str, ...], needed: bool) -> OpenSet:
@@ -147,11 +156,13 @@ def open_released_cell(cell: Cell, first: OpenSet, config: RobustConfig, subject
 # --- cells ----------------------------------------------------------------------------------------------------------
 
 
-def plan_cells(config: RobustConfig, subject: Subject, sets: Mapping[str, OpenSet]) -> list[Cell]:
+def plan_cells(config: RobustConfig, subject: Tested, sets: Mapping[str, OpenSet]) -> list[Cell]:
     """All cells, clean ones first, then each set's grid."""
     cells = []
     for name, opened in sets.items():
-        facts = {"model": subject.digest, "data": opened.digest, "precision": subject.precision}
+        facts: dict[str, Any] = {"model": subject.digest, "data": opened.digest, "precision": subject.precision}
+        if config.sample is not None and config.sample < opened.total:
+            facts |= {"sample": config.sample, "sample_seed": config.seed}
         if name in {"imagenet_val", "corruptions", *NATURAL}:
             transform = "model" if name == "corruptions" else config.transform
             cells.append(Cell(name, CLEAN, 0, {**facts, "transform": transform}))

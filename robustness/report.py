@@ -8,7 +8,9 @@ import numpy as np
 
 from core.plots import plot
 from robustness.corruptions.apply import GROUPS, NAMES, SEVERITIES
-from robustness.results import MASKED, SetResult
+from robustness.results import MASKED, PERFORMANCE, SetResult
+from robustness.scores import Grid
+from transfer.detection.coco_names import COCO_NAMES
 
 TITLES = {
     "imagenet_val": "ImageNet validation",
@@ -55,19 +57,73 @@ COLUMNS = {  # of that table: the set and the figure that each stands for
     "imagenet_sketch": ("imagenet_sketch", "top1_pct", "Sketch top-1"),
 }
 
+
+class PublishedDetector(NamedTuple):
+    """A row of published figures of a detector on corrupted COCO, in per cent: clean AP, mPC and rPC."""
+
+    model: str
+    box: tuple[float, float, float]
+    mask: tuple[float, float, float]
+    source: str
+
+
+# COCO val2017, 15 corruptions x 5 severities, by imagecorruptions on the decoded image.
+PUBLISHED_COCO = (
+    PublishedDetector(
+        "Mask R-CNN R50-FPN 1x", (37.3, 18.7, 50.1), (34.2, 16.8, 49.1), "mmdetection docs, robustness_benchmarking.md"
+    ),
+    PublishedDetector("Mask R-CNN R50-DCN 1x", (41.1, 23.3, 56.7), (37.2, 20.7, 55.7), "the same"),
+    PublishedDetector("HTC X101-64x4d-DCN", (50.6, 32.7, 64.7), (43.8, 28.1, 64.0), "the same"),
+)
+COCO_VAL_IMAGES = 5000
+
+
+class Unit(NamedTuple):
+    """What the numbers of a grid are, and how they are printed."""
+
+    what: str  # head of a column
+    digits: int
+    factor: float  # from what is stored to what is printed
+    high_is_good: bool
+    caption: str  # of a heat map
+
+    @property
+    def name(self) -> str:
+        """Without the unit."""
+        return self.what.removesuffix(" %")
+
+    def show(self, value: float | None) -> str:
+        """A value as it is printed; a dash for none."""
+        return "-" if value is None else f"{self.factor * value:.{self.digits}f}"
+
+
+UNITS = {
+    "error_pct": Unit("error %", 2, 1, False, "top-1 error, %"),
+    "cosine": Unit("cosine", 4, 1, True, "cosine to the clean features"),
+    "box_ap": Unit("box AP %", 2, 100, True, "box AP, %"),
+    "mask_ap": Unit("mask AP %", 2, 100, True, "mask AP, %"),
+    "miou_pct": Unit("mIoU %", 2, 1, True, "mIoU, %"),
+}
+PER_CENT = Unit("%", 2, 1, True, "%")
+
 # --- Markdown -------------------------------------------------------------------------------------------------------
 
 
-def markdown(title: str, facts: Sequence[str], results: Mapping[str, SetResult]) -> str:
-    """The whole page. Args: facts: lines on model, machine and provenance, for the top."""
+def markdown(title: str, facts: Sequence[str], results: Mapping[str, SetResult], classes: Sequence[str] = ()) -> str:
+    """The whole page.
+
+    Args:
+        facts: lines on model, machine and provenance, for the top.
+        classes: of the model.
+    """
     lines = [f"# Robustness of {title}", "", *(f"- {fact}" for fact in facts), ""]
-    natural = {name: result for name, result in results.items() if not result.grid}
+    natural = {name: result for name, result in results.items() if not result.grids}
     if natural:
         lines += [*_natural(natural), ""]
     for name, result in results.items():
-        if result.grid:
+        if result.grids:
             lines += [*_grid(name, result), ""]
-    lines += _published(title, results)
+    lines += [*_published(title, results), *_published_coco(title, results, classes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -113,46 +169,51 @@ _CALIBRATION = (
 
 
 def _grid(name: str, result: SetResult) -> Iterator[str]:
-    """Headline figures, each with its formula, then a row per corruption, then means."""
-    figures, cosine = result.figures, result.unit == "cosine"
+    """Headline figures, each with its formula, then for every unit a row per corruption, then means."""
+    figures = result.figures
     yield f"## {TITLES[name][0].upper()}{TITLES[name][1:]} (`{name}`)"
     yield ""
     yield f"{result.flags['images']} images; {flag_text(result.flags)}."
     yield ""
     for key, text in _HEADLINES.items():
         if key in figures:
-            yield f"- {text}: **{_number(figures[key], cosine)}**"
+            yield f"- {text}: **{_unit_in(key).show(figures[key])}**"
     yield from _refusals({name: result})
-    yield ""
-    yield from _grid_table(result)
     severities = {f"severity_{s}": f"severity {s}" for s in SEVERITIES}
     kinds = {"group": {group: group for group in GROUPS}, "severity, over the 15": severities}
-    for by, labels in kinds.items():
-        found = {label: figures.get(f"{key}/{result.unit}") for key, label in labels.items()}
-        means = [f"{label} {_number(value, cosine)}" for label, value in found.items() if value is not None]
-        if means:
-            yield ""
-            yield f"Mean {_WHAT[result.unit]} by {by}: {', '.join(means)}."
+    for unit, grid in result.grids.items():
+        yield ""
+        yield from _grid_table(result, unit, grid)
+        for by, labels in kinds.items():
+            found = {label: figures.get(f"{key}/{unit}") for key, label in labels.items()}
+            means = [f"{label} {UNITS[unit].show(value)}" for label, value in found.items() if value is not None]
+            if means:
+                yield ""
+                yield f"Mean {UNITS[unit].what} by {by}: {', '.join(means)}."
 
 
-_WHAT = {"cosine": "cosine", "error_pct": "error %"}
-
-
-def _grid_table(result: SetResult) -> Iterator[str]:
-    figures, cosine = result.figures, result.unit == "cosine"
-    severities = sorted({severity for row in result.grid.values() for severity in row})
-    columns = {"CE %": "ce_pct", "relative CE %": "relative_ce_pct"}
-    columns = {title: key for title, key in columns.items() if any(f"{c}/{key}" in figures for c in result.grid)}
+def _grid_table(result: SetResult, unit: str, grid: Grid) -> Iterator[str]:
+    figures, show = result.figures, UNITS[unit].show
+    severities = sorted({severity for row in grid.values() for severity in row})
+    columns = {title: key for title, key in _COLUMNS.items() if any(f"{c}/{key}" in figures for c in grid)}
     rows = []
     for group, names in GROUPS.items():
-        for corruption in (c for c in names if c in result.grid):
-            values = [result.grid[corruption].get(s) for s in severities]
-            values += [figures.get(f"{corruption}/{key}") for key in (result.unit, *columns.values())]
-            rows.append([corruption, group, *(_number(value, cosine) for value in values)])
-    titles = [f"{_WHAT[result.unit]}, severity {s}" for s in severities]
+        for corruption in (c for c in names if c in grid):
+            values = [show(grid[corruption].get(s)) for s in severities] + [show(figures[f"{corruption}/{unit}"])]
+            values += [PER_CENT.show(figures.get(f"{corruption}/{key}")) for key in columns.values()]
+            rows.append([corruption, group, *values])
+    titles = [f"{UNITS[unit].what}, severity {s}" for s in severities]
     yield from _table(["corruption", "group", *titles, "mean", *columns], rows)
 
 
+_COLUMNS = {  # of figures that each corruption has of its own
+    "CE %": "ce_pct",
+    "relative CE %": "relative_ce_pct",
+    "CD %": "cd_pct",
+    "rCD %": "rcd_pct",
+    "CD % of these cells": "part_cd_pct",
+    "rCD % of these cells": "part_rcd_pct",
+}
 _HEADLINES = {
     "mce_pct": "mCE %, normalised by AlexNet: mean over 15 corruptions of sum of errors / sum of AlexNet's errors",
     "relative_mce_pct": "relative mCE %, the same with the clean errors taken off",
@@ -161,7 +222,27 @@ _HEADLINES = {
     "error_pct": "clean error %",
     "mean_cosine": "mean cosine between features of clean and corrupted images over 15 corruptions x 5 severities",
     "part_mean_cosine": "mean cosine between features of clean and corrupted images over the part of the grid below",
+    **{
+        key: text
+        for unit, (prefix, _) in PERFORMANCE.items()
+        for key, text in (
+            (f"{prefix}mpc_pct", f"mPC %: mean {UNITS[unit].name} over 15 corruptions x 5 severities"),
+            (f"{prefix}rpc_pct", f"rPC %: that mPC / clean {UNITS[unit].name}"),
+            (f"part_mean_{unit}", f"mean {UNITS[unit].what} over these cells; this is not mPC"),
+            (f"part_{prefix}relative_pct", f"that mean / clean {UNITS[unit].name}, in per cent; this is not rPC"),
+            (unit, f"clean {UNITS[unit].what}"),
+        )
+    },
+    "mean_cd_pct": "mean CD %: over 15 corruptions, sum over severities of 1 - mIoU, / that of the reference",
+    "mean_rcd_pct": "mean rCD %: the same of what each loses against its own clean mIoU",
+    "part_mean_cd_pct": "mean CD % over these cells: of each corruption sum of 1 - mIoU / that of the reference",
+    "part_mean_rcd_pct": "mean rCD % over these cells, the same of what each loses against its own clean mIoU",
 }
+
+
+def _unit_in(key: str) -> Unit:
+    """How a figure of this name is printed."""
+    return next((unit for name, unit in UNITS.items() if key.endswith(name)), PER_CENT)
 
 
 def _refusals(results: Mapping[str, SetResult]) -> Iterator[str]:
@@ -194,6 +275,31 @@ def _published(title: str, results: Mapping[str, SetResult]) -> Iterator[str]:
     )
 
 
+def _published_coco(title: str, results: Mapping[str, SetResult], classes: Sequence[str]) -> Iterator[str]:
+    """Published detectors beside this one: of COCO's categories, on as many images as val2017 has, the whole grid."""
+    result = results.get("corruptions")
+    if result is None or not {"box_mpc_pct", "box_rpc_pct", "mask_mpc_pct", "mask_rpc_pct"} <= result.figures.keys():
+        return
+    if result.flags["images"] != COCO_VAL_IMAGES or tuple(classes) != COCO_NAMES:
+        return
+    yield "## Beside published figures"
+    yield ""
+    yield "COCO val2017, for which 5,000 images of COCO's 80 categories are taken; 15 corruptions x 5 severities by"
+    yield "imagecorruptions on the decoded image. Other backbones than a ViT; none is published of one."
+    yield ""
+    own = []
+    for kind in ("box", "mask"):
+        own += [UNITS[f"{kind}_ap"].show(result.figures[f"{kind}_ap"])]
+        own += [PER_CENT.show(result.figures[f"{kind}_{key}_pct"]) for key in ("mpc", "rpc")]
+    yield from _table(
+        ["model", *(f"{kind} {what} %" for kind in ("box", "mask") for what in ("AP", "mPC", "rPC")), "source"],
+        [
+            [f"**{title}**", *(f"**{value}**" for value in own), "this sweep"],
+            *([row.model, *map(_as_quoted, (*row.box, *row.mask)), row.source] for row in PUBLISHED_COCO),
+        ],
+    )
+
+
 def _as_published(flags: Mapping[str, Any]) -> bool:
     return not flags["subset"] and flags["img_size"] == "224x224" and flags["transform"] != "official"
 
@@ -201,7 +307,9 @@ def _as_published(flags: Mapping[str, Any]) -> bool:
 def flag_text(flags: Mapping[str, Any]) -> str:
     """Flags as a sentence: what a figure must be read with."""
     parts = []
-    if flags["subset"]:
+    if "sample" in flags:
+        parts.append(sample_text(flags))
+    elif flags["subset"]:
         parts.append(f"a SUBSET of {flags['of']} images")
     if flags.get("masked"):
         parts.append("masked to the set's classes")
@@ -216,6 +324,11 @@ def flag_text(flags: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"transform {flags['transform']}", f"{flags['precision']} on {flags['device']}"])
 
 
+def sample_text(flags: Mapping[str, Any]) -> str:
+    """What a sample is, in words."""
+    return f"a development SAMPLE of {flags['images']} of {flags['of']} images drawn by seed {flags['sample_seed']}"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(header)} |"
     yield f"|{'---|' * len(header)}"
@@ -224,11 +337,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def _of(result: SetResult, key: str) -> str:
-    return _number(result.figures.get(key), False)
-
-
-def _number(value: float | None, cosine: bool) -> str:
-    return "-" if value is None else f"{value:.{4 if cosine else 2}f}"
+    return PER_CENT.show(result.figures.get(key))
 
 
 def _as_quoted(value: float | None) -> str:
@@ -240,36 +349,57 @@ def _as_quoted(value: float | None) -> str:
 
 def draw_heat_map(path: Path, title: str, results: Mapping[str, SetResult]) -> None:
     """Every grid as a panel: corruptions down, severities across, the number in each field."""
-    grids = {name: result for name, result in results.items() if result.grid}
-    height = 1.6 + 0.3 * max(len(result.grid) for result in grids.values())
-    with plot(path, (5.4 * len(grids), height), title) as figure:
+    grids = [(name, unit) for name, result in results.items() for unit in result.grids]
+    height = 1.6 + 0.3 * max(len(results[name].grids[unit]) for name, unit in grids)
+    samples = dict.fromkeys(sample_text(results[name].flags) for name, _ in grids if "sample" in results[name].flags)
+    marked = "\n".join([title, *samples])
+    with plot(path, (5.4 * len(grids), height), marked) as figure:
         panels = figure.subplots(1, len(grids), squeeze=False)[0]
-        for axes, (name, result) in zip(panels, grids.items(), strict=True):
-            _panel(axes, name, result)
+        for axes, (name, unit) in zip(panels, grids, strict=True):
+            _panel(axes, name, results[name], unit)
+        top = 0.85 + 0.2 * len(samples)
         figure.subplots_adjust(
-            left=1.6 / (5.4 * len(grids)), right=0.98, top=1 - 0.85 / height, bottom=0.45 / height, wspace=0.5
+            left=1.6 / (5.4 * len(grids)), right=0.98, top=1 - top / height, bottom=0.45 / height, wspace=0.5
         )
 
 
-def _panel(axes: Any, name: str, result: SetResult) -> None:
-    names = [corruption for corruption in NAMES if corruption in result.grid]
-    severities = sorted({severity for row in result.grid.values() for severity in row})
-    values = np.array([[result.grid[c].get(s, np.nan) for s in severities] for c in names])
-    cosine = result.unit == "cosine"
-    # Dark is bad: a high error, or features far from the clean ones.
-    low, high = (min(0.0, float(np.nanmin(values))), 1.0) if cosine else (0.0, 100.0)
-    axes.imshow(values, cmap="cividis" if cosine else "cividis_r", vmin=low, vmax=high, aspect="auto")
+def _panel(axes: Any, name: str, result: SetResult, unit: str) -> None:
+    grid, what = result.grids[unit], UNITS[unit]
+    names = [corruption for corruption in NAMES if corruption in grid]
+    severities = sorted({severity for row in grid.values() for severity in row})
+    values = what.factor * np.array([[grid[c].get(s, np.nan) for s in severities] for c in names])
+    # Dark is bad: a high error, an AP or IoU far from the clean one, or features far from the clean ones.
+    low, high = _limits(result, unit, values)
+    axes.imshow(values, cmap="cividis" if what.high_is_good else "cividis_r", vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        dark = (value - low) / (high - low) < 0.5 if cosine else (value - low) / (high - low) > 0.5
-        text = "" if np.isnan(value) else f"{value:.{3 if cosine else 1}f}"
+        share = (value - low) / (high - low)
+        dark = share < 0.5 if what.high_is_good else share > 0.5
+        text = "" if np.isnan(value) else f"{value:.{what.digits - 1}f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_xticks(range(len(severities)), [str(s) for s in severities], fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("severity", fontsize=8)
-    what = "cosine to the clean features" if cosine else "top-1 error, %"
-    mean = result.figures.get(f"mean_{result.unit}")
-    over = "" if mean is None else f"; mean over 15 x 5: {_number(mean, cosine)}"
-    axes.set_title(f"{TITLES[name]}\n{what}{over}", fontsize=8)
+    axes.set_title(f"{TITLES[name]}\n{what.caption}{_over(result, unit)}", fontsize=8)
     for edge in np.cumsum([sum(c in names for c in group) for group in GROUPS.values()]):
         if 0 < edge < len(names):
             axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+
+
+def _limits(result: SetResult, unit: str, values: np.ndarray) -> tuple[float, float]:
+    if unit == "error_pct":
+        return 0.0, 100.0
+    if unit == "cosine":
+        return min(0.0, float(np.nanmin(values))), 1.0
+    return 0.0, max(UNITS[unit].factor * result.figures[unit], float(np.nanmax(values)), 1e-6)
+
+
+def _over(result: SetResult, unit: str) -> str:
+    """The headline of a panel: the mean, of a performance beside the clean figure."""
+    figures, show = result.figures, UNITS[unit].show
+    if unit not in PERFORMANCE:
+        mean = figures.get(f"mean_{unit}")
+        return "" if mean is None else f"; mean over 15 x 5: {show(mean)}"
+    prefix, _ = PERFORMANCE[unit]
+    whole = figures.get(f"{prefix}mpc_pct")
+    under = f"mPC {whole:.2f}" if whole is not None else f"mean of these cells {show(figures.get(f'part_mean_{unit}'))}"
+    return f"; clean {show(figures[unit])}, {under}"

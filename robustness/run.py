@@ -7,8 +7,9 @@ left, each doing whole ones; the first reads all files at the end.
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,37 @@ from core.flags import stop_signal
 from core.loader import worker_faults
 from core.log import console_logging, duration
 from core.machine import choose_device, code_digest, environment, git_commit
+from core.model_directory import kind_of
 from core.run_directory import RunDirectory
 from core.start import choose_workers
 from core.watch import EVALUATING
 from core.worker import earlier_faults, note_run
-from robustness.cell_evaluator import CellEvaluator, Setting
+from robustness.cell_evaluator import Beat, CellEvaluator, ClassifierCells, Examine, Setting
 from robustness.corruptions.apply import MIN_SIDE
 from robustness.corruptions.textures import load_textures
+from robustness.dense import Dense, DenseCells
+from robustness.dense_models import open_detector, open_segmentor
 from robustness.evaluation import Reading
-from robustness.grid import CORRUPTED_HERE, Cell, CellStore, open_sets, plan_cells
+from robustness.grid import CORRUPTED_HERE, Cell, CellStore, OpenSet, open_sets, plan_cells
+from robustness.reference import read_reference
 from robustness.report import draw_heat_map, flag_text, markdown
 from robustness.results import SetResult, flat, set_results
-from robustness.settings import HARMLESS_KEYS, RobustConfig
-from robustness.subject import load_subject
+from robustness.settings import HARMLESS_KEYS, Kind, RobustConfig
+from robustness.subject import Subject, Tested, load_subject
+from transfer.detection.detector import KIND as DETECTOR
+from transfer.segmentation.directory import KIND as SEGMENTOR
 
 ROOM_BYTES = 32 * 2**20  # for cells, table and picture
 # Keys that may differ between machines: where things lie. What they hold is compared.
-PLACES = {"data", "labels", "cache", "paths", "model", "backbone", "frost_textures"}
+PLACES = {
+    "data", "labels", "val_json", "val_images", "val_labels", "reference", "cache", "paths", "model", "backbone",
+    "frost_textures",
+}  # fmt: skip
+# By what a model directory says that it is; what says nothing is a classifier, or no model.
+OPENERS: dict[str, tuple[Kind, Callable[[RobustConfig, torch.device, Reading], Dense]]] = {
+    DETECTOR: ("detector", open_detector),
+    SEGMENTOR: ("segmentor", open_segmentor),
+}
 
 logger = logging.getLogger("rcmae")
 
@@ -77,18 +92,47 @@ def dry_run(config: RobustConfig, num_processes: int = 1) -> list[str]:
 def settle(config: RobustConfig, processes: Processes) -> Setting:
     """Load the model, open the sets, lay out the grid. Raises: CheckpointError, ConfigError, DataError."""
     device = choose_device(config.device, processes.local_rank)
-    subject = load_subject(config, device)
-    made = set(config.benchmarks) & set(CORRUPTED_HERE)
-    if made and "frost" in config.corruption_names():
-        load_textures(config.frost_textures)  # missing ones are to be told now, not after hours
-    if config.corrupts_input() and made - {"imagenet_c_otf"} and min(subject.img_size) < MIN_SIDE:
-        raise ConfigError(f"corrupt=input: corruptions need {MIN_SIDE} px, the model takes {min(subject.img_size)}")
-    sets = open_sets(config, subject)
+    stated = None if config.model is None else kind_of(config.model)
+    opener = OPENERS.get(stated or "")
     workers = choose_workers(config.loader, device, processes)
     reading = Reading(
         config.batch_size, workers, config.loader.timeout_s, config.loader.max_pixels, int(config.keep_gib * 2**30)
     )
-    return Setting(config, subject, sets, plan_cells(config, subject, sets), device, reading, git_commit())
+    if opener is None:
+        subject: Tested = (classifier := load_subject(config, device))
+        _require_own_keys(config, subject.kind)
+        _require_corruptible(config, classifier)
+        sets: Mapping[str, OpenSet] = open_sets(config, classifier)
+        begin: Callable[[Beat], Examine] = partial(ClassifierCells, config, classifier, sets, device, reading)
+    else:
+        kind, open_dense = opener
+        _require_own_keys(config, kind)
+        _require_textures(config)
+        dense = open_dense(config, device, reading)
+        subject, sets = dense.model, {"corruptions": dense.images}
+        begin = partial(DenseCells, dense, config, device, reading)
+    cells = plan_cells(config, subject, sets)
+    reference = None if config.reference is None else read_reference(config.reference, cells)
+    return Setting(config, subject, sets, cells, device, reading, git_commit(), begin, reference)
+
+
+def _require_own_keys(config: RobustConfig, kind: Kind) -> None:
+    if faults := list(config.foreign_to(kind)):
+        raise ConfigError("\n".join(faults))
+
+
+def _require_corruptible(config: RobustConfig, subject: Subject) -> None:
+    """Raise what would only be met after hours."""
+    made = set(config.benchmarks) & set(CORRUPTED_HERE)
+    if made:
+        _require_textures(config)
+    if config.corrupts_input() and made - {"imagenet_c_otf"} and min(subject.img_size) < MIN_SIDE:
+        raise ConfigError(f"corrupt=input: corruptions need {MIN_SIDE} px, the model takes {min(subject.img_size)}")
+
+
+def _require_textures(config: RobustConfig) -> None:
+    if "frost" in config.corruption_names():
+        load_textures(config.frost_textures)
 
 
 @contextmanager
@@ -154,10 +198,9 @@ def sweep(setting: Setting, store: CellStore, processes: Processes) -> None:
 
 def _progress(cell: Cell, content: Mapping[str, Any], done: int, total: int, left_s: float) -> str:
     figures = content["figures"]
-    name = next(key for key in ("cosine", "error_pct", "top1_pct") if key in figures)
-    return (
-        f"cell {done}/{total}  {cell}: {name} {figures[name]:.4g}  {content['seconds']:.1f} s  eta {duration(left_s)}"
-    )
+    names = [key for key in ("cosine", "error_pct", "box_ap", "mask_ap", "miou_pct") if key in figures]
+    told = " ".join(f"{name} {figures[name]:.4g}" for name in names or ["top1_pct"])
+    return f"cell {done}/{total}  {cell}: {told}  {content['seconds']:.1f} s  eta {duration(left_s)}"
 
 
 # --- before and after -----------------------------------------------------------------------------------------------
@@ -168,16 +211,15 @@ def header(setting: Setting, store: CellStore, num_processes: int) -> list[str]:
     config, subject = setting.config, setting.subject
     left = sum(store.read(cell) is None for cell in setting.cells)
     shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
-    height, width = subject.img_size
-    lines = [
-        f"model      {subject.name}: {f'{len(subject.classes)} classes' if subject.classes else 'a backbone'}, "
-        f"{height}x{width} px, crop {subject.crop_ratio:g}, digest {subject.digest}"
-    ]
+    lines = [f"model      {subject.name}: {subject.described()}, digest {subject.digest}"]
+    if setting.reference is not None:
+        lines.append(f"reference  {setting.reference.path}: model {setting.reference.digest}")
     for name, opened in setting.sets.items():
-        some = "" if len(opened.source) == opened.total else f", a SUBSET of {opened.total}"
+        what = "a SUBSET" if config.sample is None else f"a development SAMPLE by seed {config.seed}"
+        some = "" if len(opened.source) == opened.total else f", {what} of {opened.total}"
         count = sum(cell.set == name for cell in setting.cells)
         where = shown(str(config.paths.imagenet_c) if name == "imagenet_c" else opened.source.origin)
-        labels = opened.source.labels
+        labels = opened.source.labels if subject.kind == "classifier" else None  # else they are no classes
         classes = "" if labels is None else f" of {len(set(labels.tolist()))} classes"
         lines.append(f"set        {name}: {where}, {len(opened.source)} images{classes}{some}; {count} cells")
     return [
@@ -197,7 +239,7 @@ def _finish(setting: Setting, store: CellStore, directory: RunDirectory | None) 
     if len(cells) < len(found):
         missing = len(found) - len(cells)
         raise MachineError(f"{shown(directory.path)}: {missing} cells of other processes are not there; share out=")
-    results = set_results(cells, setting.subject)
+    results = set_results(cells, setting.subject, setting.reference)
     content = _content(setting, results, [content for _, content in cells])
     _write(directory.path, setting, results, content)
     directory.write_summary({"status": "done", **{key: value for key, value in content.items() if key != "cells"}})
@@ -211,7 +253,19 @@ def _content(setting: Setting, results: Mapping[str, SetResult], cells: Sequence
         "figures": flat(results),
         "refused": {f"{name}/{key}": why for name, result in results.items() for key, why in result.refused.items()},
         "flags": {name: dict(result.flags) for name, result in results.items()},
-        "model": {"path": subject.name, "digest": subject.digest, "img_size": list(subject.img_size)},
+        "model": {
+            "path": subject.name,
+            "digest": subject.digest,
+            "img_size": list(subject.img_size),
+            "kind": subject.kind,
+            "described": subject.described(),
+        },
+        "reference": None
+        if setting.reference is None
+        else {
+            "path": setting.reference.path,
+            "digest": setting.reference.digest,
+        },
         "config": config_hash(config),
         "seed": config.seed,
         "git_commit": setting.commit,
@@ -224,23 +278,26 @@ def _write(folder: Path, setting: Setting, results: Mapping[str, SetResult], con
     subject, commits = setting.subject, content["commits_of_cells"]
     name = Path(subject.name).name
     facts = [
-        f"model `{subject.name}`, digest {subject.digest}, {subject.img_size[0]}x{subject.img_size[1]} px, "
-        f"crop {subject.crop_ratio:g}",
+        f"model `{subject.name}`, digest {subject.digest}, {subject.described()}",
         f"configuration {content['config']}, seed {content['seed']}, commit {content['git_commit'] or 'unknown'}"
         + (f"; CELLS OF {len(commits)} COMMITS: {', '.join(map(str, commits))}" if len(commits) > 1 else ""),
     ]
+    if setting.reference is not None:
+        facts.append(f"reference `{setting.reference.path}`, model {setting.reference.digest}")
     for title, result in results.items():
         logger.info("%s: %s", title, _headline(result))
-    replace_file(folder / "results.md", markdown(name, facts, results).encode())
+    replace_file(folder / "results.md", markdown(name, facts, results, subject.classes).encode())
     replace_file(folder / "results.json", json.dumps(content, indent=1).encode())
-    if any(result.grid for result in results.values()):
+    if any(result.grids for result in results.values()):
         draw_heat_map(folder / "heatmap.png", name, results)
 
 
 def _headline(result: SetResult) -> str:
     keys = (
         "mce_pct", "mean_error_pct", "part_mean_error_pct", "mean_cosine", "part_mean_cosine", "top1_pct",
-        "real_top1_pct", "rms_calibration_pct", "aurra_pct",
+        "real_top1_pct", "rms_calibration_pct", "aurra_pct", "box_ap", "box_mpc_pct", "box_rpc_pct", "part_mean_box_ap",
+        "mask_ap", "mask_mpc_pct", "mask_rpc_pct", "part_mean_mask_ap", "miou_pct", "mpc_pct", "rpc_pct",
+        "part_mean_miou_pct", "mean_cd_pct", "mean_rcd_pct", "part_mean_cd_pct", "part_mean_rcd_pct",
     )  # fmt: skip
     figures = [f"{key} {result.figures[key]:.4g}" for key in keys if key in result.figures]
     refused = [f"no {key}: {why}" for key, why in result.refused.items()]

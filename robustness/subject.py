@@ -4,26 +4,61 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from core.backbone_io import load_backbone, stored_normalization, weights_digest
 from core.engine import autocast, uses_bf16
-from core.errors import ConfigError, shown
+from core.errors import CheckpointError, ConfigError, shown
 from core.features import pooled
 from core.transforms import normalize
 from core.vit import ViT
 from robustness.evaluation import Score
-from robustness.settings import RobustConfig
+from robustness.settings import Kind, RobustConfig
 from transfer.classification.model import load_classifier
 
 BACKBONE_CROP_RATIO = 0.875  # of a backbone's images, as in the published evaluations
 
 
+class Tested(Protocol):
+    """What a sweep knows of the model under test, whatever its kind."""
+
+    @property
+    def kind(self) -> Kind:
+        """Classifier, detector or segmentor."""
+
+    @property
+    def name(self) -> str:
+        """Where it lies, printable."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies weights, classes and preparation, wherever the files lie."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in the order of its scores."""
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+
+    @property
+    def precision(self) -> str:
+        """fp32, or bf16 autocast."""
+
+    def units(self, name: str) -> tuple[str, ...]:
+        """The figures of a cell of the set `name` that make grids."""
+
+    def described(self) -> str:
+        """What it is and how images come to it, in words."""
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A model and how its images are prepared.
+    """A classifier or backbone, and how its images are prepared.
 
     Attributes:
         digest: identifies weights, classes and preparation, wherever the files lie.
@@ -43,6 +78,20 @@ class Subject:
     img_size: tuple[int, int]
     crop_ratio: float
     precision: str
+
+    @property
+    def kind(self) -> Kind:
+        """As `Tested`."""
+        return "classifier"
+
+    def units(self, name: str) -> tuple[str, ...]:
+        """As `Tested`."""
+        return ("cosine",) if name == "representation" else ("error_pct",)
+
+    def described(self) -> str:
+        """As `Tested`."""
+        what = f"{len(self.classes)} classes" if self.classes else "a backbone"
+        return f"{what}, {self.img_size[0]}x{self.img_size[1]} px, crop {self.crop_ratio:g}"
 
 
 def load_subject(config: RobustConfig, device: torch.device) -> Subject:
@@ -67,7 +116,10 @@ def load_subject(config: RobustConfig, device: torch.device) -> Subject:
 
 
 def _classifier(path: Path, device: torch.device, precision: str) -> Subject:
-    loaded = load_classifier(path)
+    try:
+        loaded = load_classifier(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; model= is a classifier, detector or segmentor directory") from None
     model = loaded.model.to(device).eval()
     _require_rgb(model, path)
 

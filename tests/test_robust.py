@@ -295,6 +295,16 @@ def test_a_subset_sees_the_same_images_corrupted_alike(photos: Path, tmp_path: P
     assert torch.equal(some[4:], whole[13:][[0, 4, 8, 12]])
 
 
+def test_a_sample_sees_the_same_images_corrupted_alike(photos: Path, tmp_path: Path, use: Callable) -> None:
+    whole, some = seen(photos, tmp_path / "a", use), seen(photos, tmp_path / "b", use, sample=4)
+    places = [next(i for i in range(13) if torch.equal(whole[i], image)) for image in some[:4]]
+    assert places == sorted(set(places)) != [0, 4, 8, 12]  # drawn, not spread
+    assert torch.equal(some[4:], whole[13:][places])
+    found = json.loads((tmp_path / "b" / "results.json").read_text())["flags"]["corruptions"]
+    assert (found["sample"], found["sample_seed"], found["subset"], found["of"]) == (4, 0, True, 13)
+    assert "a development SAMPLE of 4 of 13 images drawn by seed 0" in (tmp_path / "b" / "results.md").read_text()
+
+
 def test_the_jpeg_step_and_the_order_are_settings(photos: Path, tmp_path: Path, use: Callable) -> None:
     raw, stored = seen(photos, tmp_path / "a", use), seen(photos, tmp_path / "b", use, jpeg_step="true")
     assert torch.equal(stored[13:], jpeg_step(raw[13:]))
@@ -424,7 +434,8 @@ def sweep(photos: Path, classifier: Path, out: Path, **changes: object) -> list[
 
 def table(out: Path) -> dict:
     content = json.loads((out / "results.json").read_text())
-    cells = [{key: value for key, value in cell.items() if key != "seconds"} for cell in content["cells"]]
+    timed = {"seconds", "corrupting_s"}
+    cells = [{key: value for key, value in cell.items() if key not in timed} for cell in content["cells"]]
     return {**content, "cells": [{**cell, "config": ""} for cell in cells], "config": ""}
 
 

@@ -61,7 +61,7 @@ def bench_corruptions(
     python = _reference_python(work) if reference else None
     ours: dict[str, list[float]] = {name: [] for name in NAMES}
     theirs: dict[str, list[float]] = {name: [] for name in NAMES if python}
-    with _one_thread(), _reference(python, images, work) as ask:
+    with one_thread(), _reference(python, images, work) as ask:
         on_device = images.to(device)
         for turn in range(-1, rounds):  # the first warms up tables, caches and the GPU
             for name in NAMES:
@@ -104,7 +104,7 @@ def _photographs(data: str, count: int, work: Path) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """What is measured is the work, not the machine's cores."""
     import cv2
 

@@ -134,7 +134,7 @@ def _inference(
 ) -> dict[str, Callable[[], Callable[[], None]]]:
     def build(plain: bool) -> Callable[[], None]:
         detector = detector_of(config, model, plain).to(device)
-        threshold = _threshold(detector, batch)
+        threshold = candidate_threshold(detector, batch)
         detector.roi.config = detector.roi.config.model_copy(update={"score_threshold": threshold})
 
         def step() -> None:
@@ -149,7 +149,7 @@ def _inference(
 
 
 @torch.no_grad()
-def _threshold(model: MaskRCNN, batch: DetectionBatch) -> float:
+def candidate_threshold(model: MaskRCNN, batch: DetectionBatch) -> float:
     """The score that so many candidates exceed as a trained detector has."""
     features = model.backbone(normalized(batch, torch.float32))
     boxes = model.rpn.proposals(model.rpn(features), batch.sizes, training=False)[0].boxes

@@ -190,9 +190,10 @@ def robust(
     rdzv_endpoint: Endpoint = None,
     max_restarts: Restarts = 3,
 ) -> int:
-    """Evaluate a classifier, or a backbone's features, on robustness benchmarks; the same command goes on.
+    """Evaluate a classifier, detector, segmentor or backbone on robustness benchmarks; the same command goes on.
 
     Example: rcmae robust configs/robustness/cifar10_corruptions.yaml data=cifar10.tgz model=runs/finetune/classifier
+    Example: rcmae robust data=coco model=runs/detect/detector out=runs/robust_coco
     """
     plan = Launch(nproc, nnodes, rdzv_endpoint, max_restarts)
 
@@ -331,6 +332,22 @@ def dynamics_linear(
     from tools.dynamics import check_and_draw
 
     check_and_draw(out)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories, or folders above some.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One HTML page of runs of any stage: figures side by side, curves, pictures, published rows, what is missing.
+
+    Example: rcmae report runs/photos runs/finetune runs/corruptions --out report.html
+    """
+    from tools.report.page import write_report
+
+    print(write_report(runs, out))
 
 
 @app.command()

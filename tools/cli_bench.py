@@ -93,6 +93,24 @@ def bench_detect(
     run(path, overrides, model, numbers("--batch-sizes", batch_sizes, least=1), rounds)
 
 
+@app.command("robust")
+def bench_robust(
+    settings: Settings = None,
+    model: Annotated[str, typer.Option(help="A published size of ViT: tiny, small, base, large or huge.")] = "base",
+    images: Annotated[int, typer.Option(min=1, help="Photographs of 640 x 480 px.")] = 1,
+    rounds: Rounds = 1,
+    work: Annotated[Path, typer.Option(help="Where they are drawn.")] = Path("runs/bench"),
+) -> None:
+    """What corrupting costs in the sweep of a detector, beside all else; the default is ViTDet-B at 1024 px.
+
+    Example: rcmae bench robust configs/transfer/detect_tiny.yaml --model tiny --images 8
+    """
+    from tools.bench_robust import bench_robust as run
+
+    path, overrides = split(settings or [])
+    run(path, overrides, model, images, rounds, work)
+
+
 @app.command("segment")
 def bench_segment(
     settings: Settings = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.errors import DataError, shown
 from core.images import BadImage
-from core.loader import EvalBatch, EvalImages, read_image
+from core.loader import EvalBatch, EvalImages, EvalItem, read_image
 from core.transforms import normalized_images
 from transfer.detection.coco import CocoSet
 from transfer.detection.jitter import Draws, JitterConfig, eval_size, jitter, resize_to_fit
@@ -128,8 +128,8 @@ class CocoEvalImages(EvalImages):
 
     coco: CocoSet
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
-        """(image, index, valid). Raises: DataError naming an image that is broken or of another size."""
+    def __getitem__(self, index: int) -> EvalItem:
+        """One image, its label its index. Raises: DataError naming an image that is broken or of another size."""
         valid = index < len(self.coco)
         row = index if valid else 0
         try:
@@ -140,7 +140,7 @@ class CocoEvalImages(EvalImages):
                 f"{shown(self.coco.origin)}: {self.source.name(row)}: {error}; an evaluation counts every image, so "
                 "mend it, or remove it from the JSON"
             ) from None
-        return self.transform(image), row, valid
+        return EvalItem(self.transform(image), row, valid)
 
 
 def evaluation_images(coco: CocoSet, side: int) -> CocoEvalImages:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from core.backbone_io import WEIGHTS, fill, read_weights
-from core.errors import shown
+from core.errors import DataError, shown
 from core.files import FileSystem
 from core.model_directory import read_description, require_kind, write_model
 from core.vit import ViT, ViTConfig
-from transfer.detection.coco import Id
+from transfer.detection.coco import CocoSet, Id
 from transfer.detection.mask_rcnn import DetectorConfig, MaskRCNN, build_mask_rcnn
 
 KIND = "detector"
@@ -66,6 +66,15 @@ def load_detector(folder: Path) -> LoadedDetector:
     loaded = read_description(folder, KIND, "detect", _described)
     fill(loaded.model, read_weights(folder / WEIGHTS), shown(folder))
     return loaded
+
+
+def require_categories(coco: CocoSet, loaded: LoadedDetector) -> None:
+    """Raise DataError unless a set has the categories that a detector knows."""
+    if coco.category_ids != loaded.category_ids:
+        raise DataError(
+            f"{shown(coco.origin)}: {len(coco.names)} categories, the detector knows {len(loaded.names)} "
+            f"({', '.join(map(shown, loaded.names[:3]))} ...); their ids must be the same"
+        )
 
 
 def _described(description: dict[str, Any]) -> LoadedDetector:

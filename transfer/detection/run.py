@@ -16,7 +16,7 @@ from core.checkpoint import Checkpoint
 from core.config import config_hash
 from core.distributed import Processes, joined
 from core.engine import Progress, autocast, fit
-from core.errors import DataError, shown
+from core.errors import shown
 from core.files import FileSystem, replace_file
 from core.loader import EvalBatch
 from core.log import console_logging, draw_curves, read_metrics
@@ -42,16 +42,15 @@ from transfer.detection.coco_eval import Row, evaluate, result_entries
 from transfer.detection.coco_file import coco_paths, read_coco
 from transfer.detection.data import Collate, PrepareDetection, detection_batch, evaluation_images, normalized
 from transfer.detection.dense_vit import dense_vit
-from transfer.detection.detector import LoadedDetector, export_detector, load_detector
+from transfer.detection.detector import export_detector, load_detector, require_categories
 from transfer.detection.draw import draw_detections, tiled
 from transfer.detection.mask_rcnn import MaskRCNN, build_mask_rcnn
 from transfer.detection.settings import HARMLESS_KEYS, DetectConfig, Setting, header, parameter_groups, settle
-from transfer.detection.tasks import CocoEvaluator, DetectionTask
+from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, DetectionTask
 
 PATHS = ("backbone", "train_json", "train_images", "val_json", "val_images")
 NUM_PICTURES, PICTURE_SCORE = 6, 0.3  # validation images drawn at each evaluation, from which score on
 PICTURE_SIDE = 320  # pixels about; on smaller ones names would cover what they name
-EVAL_BATCH_SIZE = 1  # as published
 
 logger = logging.getLogger("rcmae")
 
@@ -93,7 +92,7 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
         agree_on_run(processes, config, "eval", PATHS)
         loaded = processes.together(lambda: load_detector(config.backbone))
         coco = processes.together(lambda: _validation_set(config))
-        _require_categories(coco, loaded)
+        require_categories(coco, loaded)
         processes.agree({"data": _facts(coco)})
         with claimed(config, HARMLESS_KEYS, processes, None) as writer:
             device = choose_device(config.device, processes.local_rank)
@@ -126,14 +125,6 @@ def _validation_set(config: DetectConfig) -> CocoSet:
 
 def _facts(coco: CocoSet) -> dict[str, Any]:
     return {"images": len(coco), "fingerprint": coco.source().fingerprint(), "objects": len(coco.annotations)}
-
-
-def _require_categories(coco: CocoSet, loaded: LoadedDetector) -> None:
-    if coco.category_ids != loaded.category_ids:
-        raise DataError(
-            f"{shown(coco.origin)}: {len(coco.names)} categories, the detector knows {len(loaded.names)} "
-            f"({', '.join(map(shown, loaded.names[:3]))} ...); their ids must be the same"
-        )
 
 
 def _open_backbone(config: DetectConfig) -> tuple[ViT, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.distributed import Processes
 from core.engine import autocast
-from core.loader import eval_loader
+from core.loader import Read, eval_loader
 from core.task import Place
 from core.vit import drop_path_scales
 from transfer.detection.coco import CocoSet
@@ -19,10 +19,16 @@ from transfer.detection.data import DetectionBatch, detection_batch, evaluation_
 from transfer.detection.mask_rcnn import MaskRCNN
 from transfer.detection.matching import random_permutation
 
+EVAL_BATCH_SIZE = 1  # as published
+
 
 @dataclass(frozen=True)
 class CocoEvaluator:
-    """Images and how they are read; call it with a detector."""
+    """Images and how they are read; call it with a detector.
+
+    Attributes:
+        read: what reads them; another one may do something to each before it is resized.
+    """
 
     coco: CocoSet
     side: int
@@ -32,13 +38,14 @@ class CocoEvaluator:
     num_workers: int
     timeout_s: int
     processes: Processes
+    read: Read = eval_loader
 
     def __call__(self, model: MaskRCNN) -> list[Row]:
         """Detections in all images, each evaluated once; every process gets all of them."""
         images = evaluation_images(self.coco, self.side)
         rows: list[Row] = []
         seen: list[int] = []
-        for loaded in eval_loader(images, self.batch_size, self.num_workers, self.timeout_s, self.processes):
+        for loaded in self.read(images, self.batch_size, self.num_workers, self.timeout_s, self.processes, None):
             batch = detection_batch(loaded, self.coco, self.side).to(self.device)
             with autocast(self.device, self.precision):
                 found = model.detect(normalized(batch, torch.float32), batch.sizes, batch.original_sizes)

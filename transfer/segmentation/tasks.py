@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.distributed import Processes
 from core.engine import autocast
-from core.loader import eval_loader
+from core.loader import Read, eval_loader
 from core.parallel import whole
 from core.task import Place
 from core.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -94,7 +94,11 @@ class Labeller:
 
 @dataclass(frozen=True)
 class SegmentationEvaluator:
-    """Images, what their labels mean, and how they are read; call it with a network in evaluation mode."""
+    """Images, what their labels mean, and how they are read; call it with a network in evaluation mode.
+
+    Attributes:
+        read: what reads them; another one may do something to each before it is resized.
+    """
 
     pairs: SegmentationSet
     table: LabelTable
@@ -104,6 +108,7 @@ class SegmentationEvaluator:
     num_workers: int
     timeout_s: int
     processes: Processes
+    read: Read = eval_loader
 
     def __call__(self, model: Network) -> Tensor:
         """The confusion matrix [K, K] int64 over all images, each counted once; every process gets it."""
@@ -123,7 +128,7 @@ class SegmentationEvaluator:
 
     def _batches(self) -> Iterator[EvaluationBatch]:
         images = evaluation_images(self.pairs, self.table, self.sizes)
-        yield from eval_loader(images, EVAL_BATCH_SIZE, self.num_workers, self.timeout_s, self.processes, one_image)
+        yield from self.read(images, EVAL_BATCH_SIZE, self.num_workers, self.timeout_s, self.processes, one_image)
 
 
 def trained_part(model: Network) -> nn.Module:
