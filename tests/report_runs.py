@@ -210,7 +210,7 @@ def swept(
     results = {
         "figures": found | dict(figures or {}), "refused": {}, "flags": {name: SWEEP_FLAGS | dict(flags or {})},
         "model": {"path": "/runs/tuned/classifier", "digest": "59f85a2a77fd"}, "config": "c946f45fa8b2", "seed": 0,
-        "git_commit": COMMIT, "cells": [{"seconds": 2.0, "images": 5000}, {"seconds": 3.0, "images": 5000}],
+        "git_commit": COMMIT, "cells": [{"seconds": seconds, "images": 5000, "corrupting_s": 0.5} for seconds in (2.0, 3.0)],
     }  # fmt: skip
     return write(
         folder, config=config,

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.config import load_config
 from core.errors import ConfigError
 from robustness.corruptions.apply import BENCHMARK, SEVERITIES
+from robustness.run import robust
 from robustness.scores import mpc, rpc_pct
+from robustness.settings import RobustConfig
 from tests.harness import ForkServer
 from tests.report_runs import (
     COMMIT,
@@ -28,7 +31,7 @@ from tests.report_runs import (
     swept,
     write,
 )
-from tests.tiny import tiny_classification, tiny_detection, tiny_overrides, tiny_segmentation
+from tests.tiny import draw_images, tiny_classification, tiny_detection, tiny_overrides, tiny_segmentation
 from tools.cli import app
 from tools.report.page import MAX_BYTES, build, write_report
 from tools.report.plots import Series, chart, thinned
@@ -39,7 +42,7 @@ from transfer.detection.coco_names import COCO_NAMES
 from transfer.segmentation.classes import open_classes
 from transfer.segmentation.labels import LabelKeys
 
-MISSING = object()
+UNCOMMITTED = "the code had changes that were not committed"
 
 
 def reported(*runs: Path) -> Page:
@@ -93,7 +96,7 @@ def test_a_chain_is_told_from_the_first_image_to_the_last_figure(chain: Path) ->
     assert page.row("The whole story", "boxes")[2] == "box AP 39.00, mask AP 50.00"
     assert page.row("The whole story", "labels")[2] == "mIoU 40.25 %"
     assert page.row("The whole story", "corruptions")[2:4] == [
-        "top-1 error, % 68.50 under corruption (clean 40.00)", "run tuned",
+        "top-1 error, % 68.50 under corruption (clean 40.00), 52.50 % kept", "run tuned",
     ]  # fmt: skip
     origin = page.row("Where each run comes from", "tuned")
     assert origin[1] == "sets/cifar10.tgz; 50,000 images to learn from, 5,000 to evaluate on"
@@ -171,21 +174,30 @@ def test_many_classes_are_told_by_their_extremes(tmp_path: Path) -> None:
 def test_robustness_of_every_task_side_by_side(tmp_path: Path) -> None:
     swept(tmp_path / "answers")
     dense = {"box_ap": 0.4, "mask_ap": 0.3}
-    swept(tmp_path / "boxes", dense, name="coco", clean=dense, figures={"coco/rcd_pct": 12.349})
-    swept(tmp_path / "labels", {"miou_pct": 45.0}, name="ade20k", clean={"miou_pct": 45.0})
+    swept(tmp_path / "boxes", dense, clean=dense | {"box_ap50": 0.7})
+    cd = {f"corruptions/{name}/cd_pct": 90.0 + i for i, name in enumerate(BENCHMARK)} | {
+        "corruptions/mean_cd_pct": 97.0
+    }
+    swept(tmp_path / "labels", {"miou_pct": 45.0}, clean={"miou_pct": 45.0}, figures=cd)
     page = reported(tmp_path)
     grid = {c: {s: 0.4 * (1 - 0.1 * s - 0.01 * i) for s in SEVERITIES} for i, c in enumerate(BENCHMARK)}
+    assert page.tables["Under corruption"][0][5:8] == ["kept, %", "mean CD, %", "cells"]
     boxes = [row for row in page.tables["Under corruption"] if row[0] == "boxes"]
-    assert [row[2] for row in boxes] == ["box AP", "mask AP"]
+    assert [row[2] for row in boxes] == ["box AP, %", "mask AP, %"]
     assert boxes[0][3:6] == ["40.00", f"{100 * mpc(grid):.2f}", f"{rpc_pct(grid, 0.4):.2f}"]
-    assert boxes[0][6] == "75 cells"
-    assert page.said("boxes: coco: rcd_pct 12.35")
-    heat = page.tables["labels: mIoU, %, ade20k"]
-    assert heat[1] == ["noise"] and heat[2] == ["gaussian noise", "40.5", "36.0", "31.5", "27.0", "22.5", "31.5"]
+    assert boxes[0][6:8] == ["–", "75 cells"]
+    assert page.row("Under corruption", "labels")[5] == "97.00"
+    heat = page.tables["labels: mIoU, %, corruptions of the given set"]
+    assert heat[0] == ["severity", "1", "2", "3", "4", "5", "mean", "CD, %"] and heat[1] == ["noise"]
+    assert heat[2] == ["gaussian noise", "40.5", "36.0", "31.5", "27.0", "22.5", "31.5", "90.00"]
+    assert heat[-1][0] == "mean of the 15"
     tones = [a["class"] for tag, a in page.elements if tag == "td" and " t" in (a["class"] or "")]
     assert len(tones) == 4 * 75 and {"figure t11", "figure t16"} <= set(tones)  # 55 % and 82 % error
     assert len([caption for caption in page.tables if caption.startswith(("answers:", "boxes:", "labels:"))]) == 4
-    assert page.row("Sweeps", "answers") == ["2", "5,000", "0:00:05", "2,000", "CPU, 1 thread"]
+    assert page.row("Sweeps", "answers") == ["2", "5,000", "0:00:05", "2,000", "20.00", "CPU, 1 thread"]
+    assert page.row("The whole story", "boxes")[2].startswith(
+        "box AP, % 25.20 under corruption (clean 40.00), 63.00 % kept"
+    )
 
 
 def test_a_mean_over_a_part_of_the_grid_says_so(tmp_path: Path) -> None:
@@ -193,11 +205,40 @@ def test_a_mean_over_a_part_of_the_grid_says_so(tmp_path: Path) -> None:
     (row,) = page.tables["Under corruption"][1:]
     assert row[6] == "15 cells, NOT THE WHOLE BENCHMARK"
     assert page.row("The whole story", "part")[5] == "not the whole benchmark"
+    drawn = swept(tmp_path / "drawn", flags={"subset": True, "images": 12, "of": 60, "sample": 12, "sample_seed": 7})
+    page = reported(drawn)
+    assert page.row("The whole story", "drawn")[5] == "a development SAMPLE of the images"
+    sample = "a development SAMPLE of 12 of 60 images drawn by seed 7"
+    assert sample in page.row("Flags and warnings", "drawn")[0] and sample in page.row("Under corruption", "drawn")[6]
     page = reported(swept(tmp_path / "few", flags={"subset": True, "images": 100}))
     assert page.row("The whole story", "few")[5] == "a SUBSET of the images"
     assert page.row("Flags and warnings", "few")[0].startswith(
         "corruptions of the given set: a SUBSET: 100 of 5000 images, imagecorruptions, on the decoded image, no JPEG step"
     )
+
+
+def test_a_mean_over_a_part_is_over_all_its_cells_as_the_sweep_has_it(tmp_path: Path) -> None:
+    one_more = {"corruptions/saturate/3/error_pct": 1.0}
+    one = read_sweep(read_run(swept(tmp_path / "part", severities=(3,), figures=one_more))).sets[0]
+    assert one.mean == pytest.approx((sum(50 * (1.3 + 0.01 * i) for i in range(15)) + 1.0) / 16)
+    more = {f"corruptions/saturate/{s}/error_pct": 1.0 for s in SEVERITIES}
+    sets = [read_sweep(read_run(swept(tmp_path / f"{len(f)}", figures=f))).sets[0] for f in (more, {})]
+    assert len(sets[0].grid) == 16 and sets[0].mean == pytest.approx(sets[1].mean)
+
+
+def test_what_a_sweep_says_of_its_reference_and_its_commits(tmp_path: Path) -> None:
+    run = swept(tmp_path / "run", {"miou_pct": 45.0}, clean={"miou_pct": 45.0})
+    results = json.loads((run / "results.json").read_text())
+    results |= {
+        "reference": {"path": "/runs/other/results.json", "digest": "abc"},
+        "commits_of_cells": ["a" * 40, "b" * 40],
+    }
+    results["model"]["described"] = "segmentor of 11 classes"
+    (run / "results.json").write_text(json.dumps(results))
+    page = reported(run)
+    assert page.said("run: degradation (CD, rCD) is relative to /runs/other/results.json, model abc")
+    assert page.said("run: its cells are of 2 commits: aaaaaaaaaaa…")
+    assert page.row("Where each run comes from", "run")[3] == "segmentor of 11 classes"
 
 
 def test_kept_of_errors_is_that_of_accuracies(tmp_path: Path) -> None:
@@ -446,14 +487,13 @@ def test_no_published_row_beside_another_imagenet_c(
 
 def test_published_mpc_only_beside_a_known_coco_detector(tmp_path: Path) -> None:
     dense = {"box_ap": 0.4}
-    run = swept(
-        tmp_path / "run", dense, name="coco", clean=dense, config={"model": str(tmp_path / "boxes" / "detector")}
-    )
+    model, whole = {"model": str(tmp_path / "boxes" / "detector")}, {"images": 5000, "of": 5000}
+    run = swept(tmp_path / "run", dense, clean=dense, config=model, flags=whole)
     assert reported(run).said("that the detector is one of COCO's eighty classes is not known")
     detected(tmp_path / "boxes", names=COCO_NAMES)
-    table = published(reported(run, tmp_path / "boxes"), "run, box AP")
+    table = published(reported(run, tmp_path / "boxes"), "run, box AP, %")
     assert table is not None and table[2][:4] == ["Mask R-CNN R50-FPN 1x", "37.3", "18.7", "50.1"]
-    other = swept(tmp_path / "other", dense, name="coco", clean=dense, flags={"images": 500, "subset": True})
+    other = swept(tmp_path / "other", dense, clean=dense, flags={"images": 500, "subset": True})
     assert reported(other).said("500 images, published on the 5,000 of COCO val2017")
 
 
@@ -765,11 +805,12 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 # ---- what the stages really write -----------------------------------------------------------------------------------
 
 
-def test_real_runs_of_every_stage(
-    tmp_path: Path, data: Path, coco: Path, ade: Path, backbone: Path, server: ForkServer
-) -> None:
+def test_real_runs_of_every_stage(tmp_path: Path, coco: Path, ade: Path, backbone: Path, server: ForkServer) -> None:
     """So that a stage which writes something else is noticed here."""
-    log, runs = tmp_path / "log", tmp_path / "runs"
+    log, runs, data = tmp_path / "log", tmp_path / "runs", draw_images(tmp_path / "data", side_px=40)
+    scenes = Path(shutil.copytree(ade, tmp_path / "scenes"))
+    for path in [path for i in (2, 4) for path in scenes.glob(f"*/*/validation/*{i}.*")]:
+        path.unlink()  # too small to be corrupted
     stages = {
         "pretrain": tiny_overrides(data, runs / "pretrain", probe__data=data, engine__evaluate_every_steps=3),
         "classify": tiny_classification(data, runs / "classify", backbone),
@@ -778,12 +819,22 @@ def test_real_runs_of_every_stage(
     }
     for stage, overrides in stages.items():
         assert server.run(overrides, log, stage=stage) == 0, log.read_text()
+    tested = {
+        "robust": ("classify/classifier", data), "robust_boxes": ("detect/detector", coco),
+        "robust_labels": ("segment/segmentor", scenes),
+    }  # fmt: skip
+    for name, (model, images) in tested.items():
+        given = [f"model={runs / model}", f"data={images}", f"out={runs / name}", "corruptions=[fog, contrast]"]
+        robust(load_config(RobustConfig, None, [*given, "severities=[1, 5]", "device=cpu", "loader.num_workers=0"]))
     page = reported(runs)
     table = {row[0]: row for row in page.tables["The whole story"][1:]}
     assert table["pretrain"][3].startswith("k-NN top-1 ") and table["classify"][3].startswith("top-1 ")
     assert table["detect"][3].startswith("box AP ") and table["segment"][3].startswith("mIoU ")
-    assert [row[5] for row in table.values()] == ["done"] * 4
-    assert [row[2] for row in page.tables["Flags and warnings"][1:]] == ["–"] * 4 or page.said("committed")
+    assert table["robust"][3].startswith("top-1 error, % ") and "mIoU, %" in table["robust_labels"][3]
+    assert table["robust_boxes"][3].startswith("box AP, % ") and "mask AP, %" in table["robust_boxes"][3]
+    assert table["robust_labels"][4] == "run segment" and table["robust_boxes"][4] == "run detect"
+    assert [row[5] for row in table.values()] == ["done"] * 7
+    assert {row[2] for row in page.tables["Flags and warnings"][1:]} <= {"–", UNCOMMITTED}
     assert len([a for tag, a in page.elements if tag == "img"]) == 4
     for start in ("Top-1 by class, %", "IoU by class, %", "Box AP by class, %", "Mask AP by class, %"):
         assert any(caption.startswith(start) for caption in page.tables), start

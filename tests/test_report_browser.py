@@ -45,6 +45,10 @@ CONTRAST = """
   return found;
 })()
 """
+NARROW_CHARTS = """
+[...document.querySelectorAll(".chart > svg")].filter(e => e.getBoundingClientRect().width < 0.99 * e.parentElement.clientWidth).length
+"""
+WIDE_SWATCHES = "[...document.querySelectorAll('.legend svg')].filter(e => e.getBoundingClientRect().width > 30).length"
 TICK_PX = "Math.min(...[...document.querySelectorAll('.tick')].map(e => e.getBoundingClientRect().height))"
 
 
@@ -97,6 +101,7 @@ def test_the_page_is_whole_quiet_and_readable(browser: Browser, page_url: str, w
         faint = {what: ratio for what, ratio in page.evaluate(CONTRAST).items() if ratio < 4.5}
         assert faint == {}
         assert page.evaluate(TICK_PX) >= 11
+        assert page.evaluate(NARROW_CHARTS) == 0 and page.evaluate(WIDE_SWATCHES) == 0
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(21, 24, 28)") is dark, background
         missing = "[...document.querySelectorAll('nav a')].filter(a => !document.querySelector(a.getAttribute('href'))).length"

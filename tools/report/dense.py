@@ -15,7 +15,7 @@ from tools.report.comparison import (
     side_by_side,
 )
 from tools.report.formats import count, fraction, number, percent, seconds
-from tools.report.measured import curves, grouped, set_name, training_seconds
+from tools.report.measured import curves, data_name, grouped, set_name, training_seconds
 from tools.report.pictures import Album, sorted_out
 from tools.report.published import beside
 from tools.report.runs import Run
@@ -72,7 +72,7 @@ _FACTS: dict[str, Callable[[Run], str]] = {
 
 
 def _detected(runs: Sequence[Run], album: Album) -> list[Block]:
-    title = f"Detection on {set_name(runs[0], 'val_json') or set_name(runs[0]) or 'an unknown set'}"
+    title = f"Detection on {data_name(runs[0]) or 'an unknown set'}"
     measures = [
         figure(f"{kind}_{name}", f"{kind} {label}", fraction, strong=name == "ap")
         for kind in ("box", "mask")

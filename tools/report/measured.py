@@ -25,6 +25,11 @@ def set_name(run: Run, key: str = "data") -> str:
     return text(PurePath(value).name or value, 80) if isinstance(value, str) else ""
 
 
+def data_name(run: Run) -> str:
+    """What a run is about: the file of annotations it is evaluated by, or its data path; the last part of either."""
+    return set_name(run, "val_json") or set_name(run)
+
+
 def vit_text(run: Run) -> str:
     """The size of a run's ViT in words."""
     size = run.model

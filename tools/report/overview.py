@@ -6,7 +6,7 @@ from typing import Any
 from tools.report import classification, dense, pretraining, sweeps
 from tools.report.blocks import DASH, Block, Cell, Notes, Row, Section, Table
 from tools.report.formats import count, gibibytes, number, percent, seconds, several, shown_by, text, three
-from tools.report.measured import median_of, peak_memory, set_name, threads_text, training_seconds
+from tools.report.measured import data_name, median_of, peak_memory, threads_text, training_seconds
 from tools.report.provenance import starts_from
 from tools.report.runs import ORDER, STAGES, Inputs, Run, in_order, inside
 
@@ -22,7 +22,7 @@ def story(inputs: Inputs) -> Section:
     runs = in_order(inputs.runs)
     rows = []
     for run in runs[:STORY_LINES]:
-        cells = [run.stage, set_name(run) or DASH, _headline(run), starts_from(run, runs), run.state, _care(run)]
+        cells = [run.stage, data_name(run) or DASH, _headline(run), starts_from(run, runs), run.state, _care(run)]
         rows.append(Row(run.name, [Cell(one, words=True) for one in cells]))
     notes = list(inputs.notes)
     if len(runs) > STORY_LINES:
@@ -86,7 +86,7 @@ def throughput(runs: Sequence[Run]) -> Section:
         blocks = [Table("Training", columns, rows, notes, corner="run", cards=True)]
     swept = [row for run in ordered if run.kind == "robust" for row in _swept(run)]
     if swept:
-        columns = ["cells", "images per cell", "time of all cells", "images/s", "on"]
+        columns = ["cells", "images per cell", "time of all cells", "images/s", "corrupting, % of the time", "on"]
         note = "Time is the sum over the cells; several processes share it. A cell reads, corrupts and evaluates."
         blocks.append(Table("Sweeps", columns, swept, [note], corner="run", cards=True))
     return Section("throughput", "Throughput and memory", blocks)
@@ -101,8 +101,10 @@ def _swept(run: Run) -> list[Row]:
         return []
     passed, images = sum(one for one, _ in timed), sum(one for _, one in timed)
     each = sorted({round(one) for _, one in timed})
+    spent = [number(cell.get("corrupting_s")) for cell in cells if isinstance(cell, dict)]
+    spent_text = DASH if None in spent else percent(100 * sum(one or 0.0 for one in spent) / passed)
     span = count(each[0]) if len(each) == 1 else f"{each[0]:,} to {each[-1]:,}"
-    figures = [count(len(timed)), span, seconds(passed), three(images / passed)]
+    figures = [count(len(timed)), span, seconds(passed), three(images / passed), spent_text]
     return [Row(run.name, [*map(Cell, figures), Cell(_hardware(run), words=True)])]
 
 

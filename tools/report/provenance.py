@@ -35,14 +35,13 @@ def provenance(runs: Sequence[Run]) -> Section:
 
 
 def _origin(run: Run, runs: Sequence[Run]) -> list[str]:
-    maker = maker_of(run, runs)
     digest = run.summary.get("backbone") or inside(run.results, "model", "digest")
     weights = f", weights {text(digest, 24)}" if isinstance(digest, str) and run.config.get("init") != "random" else ""
     return [
         run.stage,
         _data(run),
         starts_from(run, runs) + weights,
-        _model(maker if maker is not None and run.kind == "robust" else run),
+        _model(run),
         _code(run),
         _machine(run),
         _time(run),
@@ -82,7 +81,9 @@ def _short(path: Any) -> str:
 
 
 def _model(run: Run) -> str:
-    size = run.model
+    size, described = run.model, inside(run.results, "model", "described")
+    if isinstance(described, str):
+        return text(described, 160)
     if not size:
         return text(run.config["model"], 40) if run.kind == "pretrain" and run.config.get("model") else DASH
     sides = size.get("img_size")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from robustness.report import COLUMNS, PUBLISHED
+from robustness.report import COCO_VAL_IMAGES, COLUMNS, PUBLISHED, PUBLISHED_COCO
 from tools.report.blocks import DASH, Block, Cell, Notes, Row, Table
 from tools.report.comparison import class_names
 from tools.report.formats import number, percent, several, shown_by
@@ -89,13 +89,6 @@ SEGMENTED = {
     False: (Published("MAE ViT-B, mmsegmentation", "B", (), ("48.13",), _MMSEG),),
     True: (Published("MAE ViT-B, mmsegmentation, six scales and mirrored", "B", (), ("48.7",), _MMSEG),),
 }
-_MMDET = "mmdetection docs, robustness_benchmarking.md"
-CORRUPTED_COCO = {  # clean AP, mPC, rPC of boxes and masks
-    "box_ap": (("Mask R-CNN R50-FPN 1x", "37.3", "18.7", "50.1"), ("Mask R-CNN R50-DCN 1x", "41.1", "23.3", "56.7"),
-               ("HTC X101-64x4d-DCN", "50.6", "32.7", "64.7")),
-    "mask_ap": (("Mask R-CNN R50-FPN 1x", "34.2", "16.8", "49.1"), ("Mask R-CNN R50-DCN 1x", "37.2", "20.7", "55.7"),
-                ("HTC X101-64x4d-DCN", "43.8", "28.1", "64.0")),
-}  # fmt: skip
 
 
 def beside(runs: Sequence[Run]) -> list[Block]:
@@ -299,27 +292,30 @@ def _unlike_published(set_name: str, flags: Mapping[str, object]) -> Iterator[st
 
 
 def beside_corrupted_coco(name: str, swept: SweptSet, detector: Run | None) -> Table | str:
-    """mPC and rPC of published detectors beside a sweep over corrupted COCO, or why there are none."""
+    """mPC and rPC of published detectors beside a sweep over corrupted COCO, or why there are none.
+
+    Args:
+        detector: the run that made the model; a sweep does not tell its classes.
+    """
     why_not = []
-    flags, rows = swept.flags, CORRUPTED_COCO.get(swept.unit, ())
-    if not rows:
-        why_not.append("for this figure none is published")
+    flags = swept.flags
     if not swept.whole_benchmark:
         why_not.append("not all of the 15 corruptions at five severities")
-    if flags.get("subset") is not False or flags.get("images") != 5000:
+    if flags.get("subset") is not False or flags.get("images") != COCO_VAL_IMAGES:
         why_not.append(f"{_plain(flags.get('images'))} images, published on the 5,000 of COCO val2017")
     if flags.get("definition") != "imagecorruptions" or flags.get("jpeg_step") is not False:
         why_not.append("corruptions of another definition than imagecorruptions without a JPEG step")
-    if flags.get("corrupt") not in {None, "decoded"}:
+    if flags.get("corrupt") != "decoded":
         why_not.append("not corrupted on the decoded image")
     if detector is None or class_names(detector) != COCO_NAMES:
         why_not.append("that the detector is one of COCO's eighty classes is not known: its run is not in this report")
     if why_not:
         return f"{name}: its protocol is another one: {'; '.join(why_not)}."
     own = (swept.clean, swept.mean, swept.kept)
-    table = [
-        Row(name, [*(Cell(shown_by(percent, value)) for value in own), Cell("this sweep", words=True)], strong=True)
-    ]
-    table += [Row(row[0], [*map(Cell, row[1:]), cited(_MMDET)]) for row in rows]
+    table = [Row(name, [*(Cell(shown_by(percent, one)) for one in own), Cell("this sweep", words=True)], strong=True)]
+    source = PUBLISHED_COCO[0].source
+    for row in PUBLISHED_COCO:
+        quoted = row.box if swept.unit == "box_ap" else row.mask
+        table.append(Row(row.model, [*(Cell(str(one)) for one in quoted), cited(source)]))
     note = "COCO val2017, 15 corruptions at five severities by imagecorruptions on the decoded image; other backbones."
-    return Table(f"Published rows beside {name}", ["clean AP", "mPC", "rPC, %", "source"], table, [note])
+    return Table(f"Published rows beside {name}", ["clean AP, %", "mPC, %", "rPC, %", "source"], table, [note])

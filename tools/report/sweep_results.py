@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from robustness.corruptions.apply import BENCHMARK, NAMES, SEVERITIES
 from robustness.grid import CLEAN
+from robustness.report import UNITS, Unit
 from tools.report.comparison import by_name
-from tools.report.formats import number
+from tools.report.formats import number, text
 from tools.report.reading import Json
-from tools.report.runs import Run
+from tools.report.runs import Run, inside
 
 _CELL = re.compile(r"([^/]+)/([^/]+)/([1-5])/([^/]+)")
 _CLEAN_SETS = {"imagenet_c": "imagenet_val", "imagenet_c_otf": "imagenet_val"}  # where their clean figures are
@@ -25,27 +26,9 @@ MAX_SETS, MAX_CORRUPTIONS, MAX_UNITS = 10, 30, 3  # of one sweep; what is beyond
 Grid = Mapping[str, Mapping[int, float]]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What the numbers of a grid are: a title, the factor to what is printed, and whether more is better."""
-
-    title: str
-    factor: float
-    higher_is_better: bool
-
-
-UNITS = {
-    "error_pct": Unit("top-1 error, %", 1, False),
-    "cosine": Unit("cosine to the clean features", 1, True),
-    "box_ap": Unit("box AP", 100, True),
-    "mask_ap": Unit("mask AP", 100, True),
-    "miou_pct": Unit("mIoU, %", 1, True),
-}
-
-
 def unit_of(name: str) -> Unit:
     """The unit of a figure's name; one that is not known is printed as it is."""
-    return UNITS.get(name, Unit(name, 1, True))
+    return UNITS.get(name, Unit(name, 2, 1, True, name))
 
 
 @dataclass(frozen=True)
@@ -56,6 +39,7 @@ class SweptSet:
         grid: by corruption and severity, in the order of the 19; empty for a set without corruptions.
         clean: the figure without corruption, None where it is not known.
         figures: of the whole set, by name, as stored. refused: by name of a figure, why it is not given.
+        each: further figures of every corruption, such as its CE: by name of the figure, then of the corruption.
     """
 
     name: str
@@ -65,6 +49,7 @@ class SweptSet:
     figures: Mapping[str, float | None]
     flags: Mapping[str, Any]
     refused: Mapping[str, str] = field(default_factory=dict)
+    each: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
@@ -78,9 +63,9 @@ class SweptSet:
 
     @property
     def mean(self) -> float | None:
-        """Over the 15 corruptions and five severities; over what there is of them where not all are there."""
-        of_benchmark = [value for name in BENCHMARK for value in self.grid.get(name, {}).values()]
-        values = of_benchmark or [value for row in self.grid.values() for value in row.values()]
+        """Over the 15 corruptions and five severities; over all cells that there are where those are not whole."""
+        names = BENCHMARK if self.whole_benchmark else tuple(self.grid)
+        values = [value for name in names for value in self.grid[name].values()]
         return float(np.mean(values)) if values else None
 
     @property
@@ -109,9 +94,20 @@ class Sweep:
 def read_sweep(run: Run) -> Sweep:
     """What a sweep found, as far as it came."""
     if run.results:
-        return Sweep(run, _from_results(run.results))
+        return Sweep(run, _from_results(run.results), list(_notes(run.results)))
     cells, notes = _of_one_protocol(run.cells)
     return Sweep(run, _from_results(_as_results(cells)), notes)
+
+
+def _notes(results: Json) -> Iterator[str]:
+    """What concerns all figures of a finished sweep."""
+    reference = inside(results, "reference", "path")
+    if reference is not None:
+        digest = text(inside(results, "reference", "digest"), 24)
+        yield f"degradation (CD, rCD) is relative to {text(reference, 160)}, model {digest}"
+    commits = results.get("commits_of_cells")
+    if isinstance(commits, list) and len(commits) > 1:
+        yield f"its cells are of {len(commits)} commits: {', '.join(text(commit, 12) for commit in commits[:6])}"
 
 
 def _from_results(results: Json) -> list[SweptSet]:
@@ -122,11 +118,15 @@ def _from_results(results: Json) -> list[SweptSet]:
     refused = {str(k): str(v) for k, v in refused.items()} if isinstance(refused, dict) else {}
     grids: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     whole: dict[str, dict[str, float | None]] = {}
+    each: dict[str, dict[str, dict[str, float]]] = {}
     for name, value in figures.items():
         match = _CELL.fullmatch(name)
         if match and value is not None:
             grid = grids.setdefault((match[1], match[4]), {})
             grid.setdefault(match[2], {})[int(match[3])] = value * unit_of(match[4]).factor
+        elif name.count("/") == 2 and value is not None:
+            set_name, corruption, key = name.split("/")
+            each.setdefault(set_name, {}).setdefault(key, {})[corruption] = value
         elif name.count("/") == 1:
             whole.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = value
     sets: list[SweptSet] = []
@@ -138,7 +138,9 @@ def _from_results(results: Json) -> list[SweptSet]:
             rows = sorted(grids.get((name, unit), {}).items(), key=_order)[:MAX_CORRUPTIONS]
             grid = {corruption: dict(sorted(row.items())) for corruption, row in rows}
             clean = _clean(figures, name, unit)
-            sets.append(SweptSet(name, unit, grid, clean, whole.get(name, {}), own_flags or {}, own))
+            sets.append(
+                SweptSet(name, unit, grid, clean, whole.get(name, {}), own_flags or {}, own, each.get(name, {}))
+            )
     return sets
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from robustness.corruptions.apply import BENCHMARK, GROUPS
-from robustness.report import TITLES
+from robustness.report import TITLES, UNITS
 from tools.report import published
 from tools.report.blocks import Block, Cell, Maps, Notes, Row, Section, Table
 from tools.report.comparison import compared, warning_notes
@@ -20,13 +20,14 @@ NATURAL_COLUMNS = {  # of sets without a grid
     "rms_calibration_pct": "RMS calibration, %", "aurra_pct": "AURRA, %",
 }  # fmt: skip
 HEADLINES = {  # of sets with a grid, beside clean, mean and what is kept
-    "mce_pct": "mCE, % of AlexNet's",
-    "relative_mce_pct": "relative mCE, %",
-}
-KNOWN = {  # figures of a whole set that have a column, or are made from the grid here
-    *NATURAL_COLUMNS, *HEADLINES, "error_pct", "mean_error_pct", "part_mean_error_pct", "mean_cosine",
-    "part_mean_cosine",
+    "mce_pct": "mCE, % of AlexNet's", "relative_mce_pct": "relative mCE, %",
+    "mean_cd_pct": "mean CD, %", "mean_rcd_pct": "mean rCD, %",
+    "part_mean_cd_pct": "mean CD of these cells, %", "part_mean_rcd_pct": "mean rCD of these cells, %",
 }  # fmt: skip
+EACH = {  # further columns of a table by corruption, of errors and of mIoU
+    "error_pct": {"ce_pct": "CE, %", "relative_ce_pct": "relative CE, %"},
+    "miou_pct": {"cd_pct": "CD, %", "rcd_pct": "rCD, %", "part_cd_pct": "CD, %", "part_rcd_pct": "rCD, %"},
+}
 MAX_REFUSED = 24
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -52,8 +53,9 @@ def robustness(runs: Sequence[Run], others: Sequence[Run]) -> Section | None:
         blocks.append(Notes("Figures that are not given", list(dict.fromkeys(refused))[:MAX_REFUSED]))
     blocks += _published(sweeps, others)
     lead = (
-        "Every figure is of the model as it was, without training on corrupted images. What is kept is the performance "
-        "under corruption as a share of the clean one (rPC)."
+        "Every figure is of the model as it was, without training on corrupted images. The mean of AP or mIoU over the "
+        "whole benchmark on all images is mPC, and what is kept of the clean figure is rPC; of errors, what is kept is "
+        "that of the accuracy."
     )
     return Section("robustness", "Robustness", blocks, lead)
 
@@ -66,7 +68,9 @@ def headline(run: Run) -> str:
             clean = f" (clean {_value(one, one.clean)})" if one.clean is not None else ""
             mce = one.figures.get("mce_pct")
             mce_text = f", mCE {mce:.1f} %" if mce is not None else ""
-            found.append(f"{unit_of(one.unit).title} {_value(one, one.mean)} under corruption{clean}{mce_text}")
+            kept = f", {percent(one.kept)} % kept" if one.kept is not None else ""
+            what = unit_of(one.unit).caption
+            found.append(f"{what} {_value(one, one.mean)} under corruption{clean}{kept}{mce_text}")
         elif one.figures.get("top1_pct") is not None:
             found.append(f"{_title(one.name)} top-1 {percent(one.figures['top1_pct'] or 0)} %")
     return "; ".join(found[:4])
@@ -76,6 +80,8 @@ def cautions(run: Run) -> list[str]:
     """What the figures of a sweep must be read with before anything else."""
     sets = read_sweep(run).sets
     found = ["a SUBSET of the images"] if any(one.flags.get("subset") is True for one in sets) else []
+    if any("sample" in one.flags for one in sets):
+        found = ["a development SAMPLE of the images"]
     return found + (["not the whole benchmark"] if any(one.grid and not one.whole_benchmark for one in sets) else [])
 
 
@@ -93,7 +99,7 @@ def _overview(sweeps: Sequence[Sweep]) -> Table:
     rows = []
     for sweep in sweeps:
         for one in (one for one in sweep.sets if one.grid):
-            cells = [Cell(_title(one.name), words=True), Cell(unit_of(one.unit).title, words=True)]
+            cells = [Cell(_title(one.name), words=True), Cell(unit_of(one.unit).caption, words=True)]
             cells += [Cell(_value(one, value)) for value in (one.clean, one.mean)]
             cells.append(Cell(shown_by(percent, one.kept)))
             cells += [Cell(shown_by(percent, one.figures.get(key))) for key in titles]
@@ -113,12 +119,10 @@ def _overview(sweeps: Sequence[Sweep]) -> Table:
 
 
 def _other_figures(one: SweptSet) -> list[str]:
-    """Whole-set figures that have no column: a benchmark that this page does not know is still told in full."""
-    if one.unit in {"error_pct", "cosine"}:
+    """Whole-set figures of a unit that this page does not know: they are told as they are called."""
+    if one.unit in UNITS:
         return []
-    known = {*KNOWN, one.unit}
-    told = [f"{text(k, 80)} {v:.4g}" for k, v in one.figures.items() if k not in known and v is not None]
-    return told[:12]
+    return [f"{text(key, 80)} {value:.4g}" for key, value in one.figures.items() if value is not None][:12]
 
 
 def _extent(one: SweptSet) -> str:
@@ -131,22 +135,24 @@ def _extent(one: SweptSet) -> str:
 def _map(sweep: Sweep, one: SweptSet) -> Table:
     """Corruptions down, severities across, each field coloured by how much of the clean performance is left."""
     severities = sorted({severity for row in one.grid.values() for severity in row})
+    further = {key: title for key, title in EACH.get(one.unit, {}).items() if key in one.each}
     low, high = _limits(one)
     rows = []
     for name, row in one.grid.items():
         values = [row.get(severity) for severity in severities]
-        mean = float(np.mean([value for value in values if value is not None]))
-        cells = [
-            Cell(_value(one, value, 1), tone=None if value is None else _tone(one, value, low, high))
-            for value in values
-        ]
-        rows.append(Row(_spoken(name), [*cells, Cell(_value(one, mean, 1))], group=GROUP_OF.get(name, "others")))
-    means = [_mean([one.grid[name].get(s) for name in one.grid if name in BENCHMARK]) for s in severities]
-    if any(value is not None for value in means):
-        cells = [Cell(_value(one, value, 1)) for value in (*means, one.mean)]
-        rows.append(Row("mean of the 15", cells, strong=True))
-    caption = f"{sweep.run.name}: {unit_of(one.unit).title}, {_title(one.name)}"
-    return Table(caption, [*map(str, severities), "mean"], rows, [], corner="severity")
+        tones = [None if value is None else _tone(one, value, low, high) for value in values]
+        cells = [Cell(_value(one, value, 1), tone=tone) for value, tone in zip(values, tones, strict=True)]
+        cells.append(Cell(_value(one, _mean(values), 1)))
+        cells += [Cell(shown_by(percent, one.each[key].get(name))) for key in further]
+        rows.append(Row(_spoken(name), cells, group=GROUP_OF.get(name, "others")))
+    benchmark = {name: row for name, row in one.grid.items() if name in BENCHMARK}
+    if benchmark:
+        means = [_mean([row.get(severity) for row in benchmark.values()]) for severity in severities]
+        means.append(_mean([value for row in benchmark.values() for value in row.values()]))
+        cells = [*(Cell(_value(one, value, 1)) for value in means), *(Cell("") for _ in further)]
+        rows.append(Row(f"mean of the {len(benchmark)}", cells, strong=True))
+    caption = f"{sweep.run.name}: {unit_of(one.unit).caption}, {_title(one.name)}"
+    return Table(caption, [*map(str, severities), "mean", *further.values()], rows, [], corner="severity")
 
 
 def _limits(one: SweptSet) -> tuple[float, float]:
@@ -161,7 +167,7 @@ def _limits(one: SweptSet) -> tuple[float, float]:
 def _tone(one: SweptSet, value: float, low: float, high: float) -> int:
     """0 for what is good to 20 for what is bad."""
     good = (value - low) / (high - low)
-    bad = good if not unit_of(one.unit).higher_is_better else 1 - good
+    bad = good if not unit_of(one.unit).high_is_good else 1 - good
     return round(TONES * min(1.0, max(0.0, bad)))
 
 
@@ -189,7 +195,7 @@ def _compared(grids: Sequence[tuple[Sweep, SweptSet]]) -> list[Block]:
             continue
         first = group[0][1]
         reasons = [""] + [_unlike(first, one) for _, one in group[1:]]
-        alike, better = [not reason for reason in reasons], unit_of(key[1]).higher_is_better
+        alike, better = [not reason for reason in reasons], unit_of(key[1]).high_is_good
         rows = []
         show = _shower(first)
         for title, of in (("clean", lambda one: one.clean), ("mean under corruption", lambda one: one.mean)):
@@ -204,7 +210,7 @@ def _compared(grids: Sequence[tuple[Sweep, SweptSet]]) -> list[Block]:
             for (sweep, _), why in zip(group, reasons, strict=True)
             if why
         ]
-        caption = f"{unit_of(key[1]).title} side by side, {_title(key[0])}: mean over the severities"
+        caption = f"{unit_of(key[1]).caption} side by side, {_title(key[0])}: mean over the severities"
         blocks.append(Table(caption, [sweep.run.name for sweep, _ in group], rows, notes, corner="corruption"))
     return blocks
 
@@ -251,7 +257,7 @@ def _published(sweeps: Sequence[Sweep], others: Sequence[Run]) -> list[Block]:
             verdicts.append(published.beside_sweep(name, sweep.by_name()))
         for one in sweep.sets:
             if one.unit in {"box_ap", "mask_ap"}:
-                verdicts.append(published.beside_corrupted_coco(f"{name}, {unit_of(one.unit).title}", one, maker))
+                verdicts.append(published.beside_corrupted_coco(f"{name}, {unit_of(one.unit).caption}", one, maker))
             elif one.unit == "miou_pct":
                 verdicts.append(f"{name}: no mIoU of a ViT with UperNet under these corruptions is published.")
     return published.told(verdicts)
@@ -293,7 +299,11 @@ def _flags(one: SweptSet) -> str:
     flags = dict(one.flags)
     told: list[str] = []
     images, total = flags.pop("images", None), flags.pop("of", None)
-    if flags.pop("subset", False):
+    sampled, subset = flags.pop("sample", None), flags.pop("subset", False)
+    if sampled is not None:
+        drawn = f"drawn by seed {text(flags.pop('sample_seed', None), 24)}"
+        told.append(f"a development SAMPLE of {text(images, 40)} of {text(total, 40)} images {drawn}")
+    elif subset:
         told.append(f"a SUBSET: {text(images, 40)} of {text(total, 40)} images")
     elif images is not None:
         told.append(f"{text(images, 40)} images")
