@@ -12,6 +12,9 @@ import yaml
 from PIL import Image
 
 from robustness.corruptions.apply import BENCHMARK, SEVERITIES
+from tools.report.page import build
+from tools.report.published import SOURCES
+from tools.report.runs import find_runs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENV = {
@@ -291,3 +294,25 @@ def parsed(html: bytes) -> Page:
     page.close()
     assert page._open == [], f"left open: {page._open}"
     return page
+
+
+def reported(*runs: Path) -> Page:
+    """The page of these runs, read back; what no page may hold is looked for in every one."""
+    page = parsed(build(find_runs(runs, 24)))
+    assert_inert(page)
+    for word in ("None", "nan", "inf", "Traceback", "{'", "<", "&lt;"):
+        assert word not in page.text.split(), word
+    return page
+
+
+def assert_inert(page: Page) -> None:
+    """No script, no handler, nothing that is fetched: only data URIs, links within the page, and documented sources."""
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "iframe", "object", "embed", "base", "form", "use", "image", "foreignobject"}, tag
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name != "style" and name != "srcset", (tag, name)
+            if name in {"src", "href", "xlink:href", "action", "data", "poster"}:
+                local = (value or "").startswith(("data:image/webp;base64,", "#")) or (tag, value) == ("link", "data:,")
+                assert local or (tag == "a" and value in SOURCES.values()), (tag, name, value)
+    policy = [a["content"] for tag, a in page.elements if tag == "meta" and a.get("http-equiv")]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]

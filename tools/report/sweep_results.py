@@ -107,7 +107,7 @@ def _notes(results: Json) -> Iterator[str]:
         yield f"degradation (CD, rCD) is relative to {text(reference, 160)}, model {digest}"
     commits = results.get("commits_of_cells")
     if isinstance(commits, list) and len(commits) > 1:
-        yield f"its cells are of {len(commits)} commits: {', '.join(text(commit, 12) for commit in commits[:6])}"
+        yield f"its cells are of {len(commits)} commits: {', '.join(text(commit, 60)[:12] for commit in commits[:6])}"
 
 
 def _from_results(results: Json) -> list[SweptSet]:

@@ -99,7 +99,7 @@ def _overview(sweeps: Sequence[Sweep]) -> Table:
     rows = []
     for sweep in sweeps:
         for one in (one for one in sweep.sets if one.grid):
-            cells = [Cell(_title(one.name), words=True), Cell(unit_of(one.unit).caption, words=True)]
+            cells = [Cell(f"{unit_of(one.unit).caption}; {_title(one.name)}", words=True)]
             cells += [Cell(_value(one, value)) for value in (one.clean, one.mean)]
             cells.append(Cell(shown_by(percent, one.kept)))
             cells += [Cell(shown_by(percent, one.figures.get(key))) for key in titles]
@@ -114,7 +114,7 @@ def _overview(sweeps: Sequence[Sweep]) -> Table:
     ]
     notes = [*other, *(f"{sweep.run.name}: {line}" for sweep in sweeps for line in sweep.notes)]
     notes += warning_notes([sweep.run for sweep in sweeps])
-    columns = ["set", "figure", "clean", "mean under corruption", "kept, %", *titles.values(), "cells", "read with"]
+    columns = ["figure", "clean", "corrupted", "kept, %", *titles.values(), "cells", "read with"]
     return Table("Under corruption", columns, rows, notes, corner="sweep", cards=True)
 
 
