@@ -118,7 +118,8 @@ def test_detection_and_segmentation(chain: Path) -> None:
     page = reported(chain / "boxes", chain / "labels")
     assert page.row("Detection on coco", "box AP") == ["39.00"]
     assert page.row("Detection on coco", "box AP, small") == ["20.00"]
-    assert not [row for row in page.tables["Detection on coco"] if row[0] == "box AP, large"]  # undefined in all
+    assert page.row("Detection on coco", "box AP, large") == ["–"]
+    assert not [row for row in page.tables["Detection on coco"] if row[0] == "box AR, large"]  # was never stored
     assert page.row("Box AP by class, %: Detection on coco", "dog") == ["39.00"]
     table = page.tables["IoU by class, %: Segmentation on camvid"]
     assert table == [["class", "labels", "labelled pixels"], ["road", "40.25", "12,345"], ["sky", "–", "0"]]

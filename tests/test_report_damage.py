@@ -89,7 +89,7 @@ def test_nan_and_what_is_no_number_are_undefined_and_named(tmp_path: Path) -> No
         '{"step": 1, "train/loss": NaN, "eval/top1_pct": Infinity}\n{"step": 2, "train/loss": 1e999}\n'
     )
     page = reported(run)
-    assert "top-1, %" not in [row[0] for row in page.tables["Fine-tuning on cifar10.tgz"]]
+    assert page.row("Fine-tuning on cifar10.tgz", "top-1, %") == ["–"]
     assert page.said("not a finite number, and shown as undefined: eval/top1_pct, eval/top5_pct, eval/loss")
 
 

@@ -336,9 +336,7 @@ def dynamics_linear(
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories, or folders above some.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders above some.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One HTML page of runs of any stage: figures side by side, curves, pictures, published rows, what is missing.

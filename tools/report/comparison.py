@@ -21,13 +21,14 @@ class Measure:
     show: Callable[[float], str]
     higher_is_better: bool | None = None  # None: neither, and then no difference is told
     strong: bool = False
+    key: str = ""  # of a stored figure: where it is stored but not defined, it is told with a dash
 
 
 def figure(
     name: str, title: str, show: Callable[[float], str], higher_is_better: bool | None = True, strong: bool = False
 ) -> Measure:
     """A measure that is one of a run's figures."""
-    return Measure(title, lambda run: run.figures.get(name), show, higher_is_better, strong)
+    return Measure(title, lambda run: run.figures.get(name), show, higher_is_better, strong, name)
 
 
 def side_by_side(
@@ -38,7 +39,7 @@ def side_by_side(
     facts: Mapping[str, Callable[[Run], str]] | None = None,
     notes: Sequence[str] = (),
 ) -> Table:
-    """A column per run and a row per measure that any of them has.
+    """A column per run and a row per measure that any of them has, be it as not defined.
 
     Args:
         unlike: why a run's figures cannot be set against those of the first one; "" where they can.
@@ -48,7 +49,7 @@ def side_by_side(
     rows = [Row(title, [Cell(of(run), words=True) for run in runs]) for title, of in (facts or {}).items()]
     for measure in measures:
         values = [measure.of(run) for run in runs]
-        if any(value is not None for value in values):
+        if any(value is not None for value in values) or any(measure.key in run.figures for run in runs):
             cells = compared(values, measure.show, measure.higher_is_better, [not reason for reason in reasons])
             rows.append(Row(measure.title, cells, strong=measure.strong))
     rows.append(Row("read with", [Cell(read_with(run), words=True) for run in runs]))
@@ -68,9 +69,9 @@ def compared(
         if i == 0 or value is None or first is None or higher_is_better is None or not same:
             cells.append(Cell(shown_by(show, value)))
             continue
-        change = value - first
-        better = None if change == 0 else (change > 0) == higher_is_better
-        cells.append(Cell(show(value), signed(show, value, change), better))
+        delta = signed(show, value, value - first)
+        better = None if delta.startswith("±") else (value > first) == higher_is_better
+        cells.append(Cell(show(value), delta, better))
     return cells
 
 
