@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -16,12 +16,12 @@ from core.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, read_
 from core.compiling import compile_blocks, compiles
 from core.config import Config, config_hash
 from core.datasets import ImageSource
-from core.distributed import Processes
+from core.distributed import Processes, joined
 from core.engine import EngineConfig, Fit, Plan, choose_accumulation
 from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import Collate, EpochOrder, Feed, LoaderConfig, Prepare, TrainingImages, image_loader
-from core.log import LogConfig, RunLog
+from core.log import LogConfig, RunLog, console_logging
 from core.machine import available_bytes, code_digest, environment, keep_freed_memory, seed_everything
 from core.parallel import Parallel
 from core.run_directory import RunDirectory
@@ -37,6 +37,7 @@ HARMLESS_KEYS = (
 )  # fmt: skip
 
 logger = logging.getLogger("rcmae")
+InputsT = TypeVar("InputsT")
 
 
 class RunConfig(Config):
@@ -61,14 +62,19 @@ class RunConfig(Config):
             yield f"engine.accumulation={accumulation}: does not divide batch_size={self.batch_size}"
 
 
+def agree_on_code(processes: Processes) -> None:
+    """Raise RanksDisagree unless all processes run the same code on the same libraries."""
+    facts = environment()
+    processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
+
+
 def agree_on_run(processes: Processes, config: RunConfig, resume: str, paths: Collection[str] = ()) -> None:
     """Raise RanksDisagree unless all processes run the same code with the same configuration.
 
     Args:
         paths: keys beside data and cache that say where something lies, which may differ between machines.
     """
-    facts = environment()
-    processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
+    agree_on_code(processes)
     # Where the data lie may differ between machines, what they are may not.
     values = config.model_dump(mode="json", exclude={"data", "cache", *paths})
     processes.agree({"--resume": resume, **{f"configuration: {key}": value for key, value in values.items()}})
@@ -136,6 +142,46 @@ def _find(store: CheckpointStore, resume: str, out: Path) -> Checkpoint | None:
             f"out={shown(out)}: holds a run at step {newest.step}; --resume {shown(resume)} needs another out="
         )
     return None if resume == "never" else read_checkpoint(Path(resume))
+
+
+@dataclass(frozen=True)
+class Entered(Generic[InputsT]):
+    """A trained run that has its processes, its inputs and its place, and knows where it goes on from."""
+
+    inputs: InputsT
+    facts: Mapping[str, Any]  # of the inputs
+    checkpoint: Checkpoint | None
+    writer: Writer | None  # of the first process
+    processes: Processes
+    console: Console
+
+
+@contextmanager
+def entered(
+    config: RunConfig,
+    resume: str,
+    fs: FileSystem | None,
+    *,
+    harmless: Collection[str],
+    opened: Callable[[Processes], InputsT],
+    facts: Callable[[InputsT], dict[str, Any]],
+    paths: Collection[str] = (),
+) -> Iterator[Entered[InputsT]]:
+    """Everything that comes before a trained run is laid out, and after it has ended.
+
+    Args:
+        opened: opens what the run is made of; every process calls it.
+        facts: what identifies that, which all processes must have found the same.
+        paths: see `agree_on_run`. harmless: see `claimed`. resume, fs: as the stages take them.
+    """
+    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
+        agree_on_run(processes, config, resume, paths)
+        inputs = opened(processes)
+        found = facts(inputs)
+        processes.agree(found)
+        with claimed(config, harmless, processes, fs) as writer:
+            checkpoint = starting_point(writer, resume, config.out, processes)
+            yield Entered(inputs, found, checkpoint, writer, processes, console)
 
 
 def open_log(writer: Writer | None, config: RunConfig, checkpoint: Checkpoint | None, checkpoint_bytes: int) -> None:

@@ -11,7 +11,7 @@ from core.backbone_io import export_backbone
 from core.checkpoint import Checkpoint
 from core.config import config_hash
 from core.datasets import TRAIN_NAMES, ImageSource, open_images, pick_split
-from core.distributed import Planned, Processes, joined
+from core.distributed import Planned, Processes
 from core.engine import Progress, fit
 from core.errors import shown
 from core.features import FeatureExtractor
@@ -23,15 +23,13 @@ from core.optim import adamw, decay_groups, warmup_cosine
 from core.start import (
     Begun,
     Writer,
-    agree_on_run,
     begin,
-    claimed,
     data_facts,
+    entered,
     image_feed,
     open_log,
     require_same_data,
     run_info,
-    starting_point,
 )
 from core.streams import ShardStream, expand_urls, is_stream
 from pretrain.cost import checkpoint_bytes
@@ -55,14 +53,13 @@ def pretrain(config: PretrainConfig, resume: str = "auto", fs: FileSystem | None
     Returns: the content of summary.json.
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
-    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
-        agree_on_run(processes, config, resume)
-        source = processes.first_on_each_machine(lambda: _open_source(config))
-        processes.agree({"data": _data_facts(config, source)})
-        with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
-            checkpoint = starting_point(writer, resume, config.out, processes)
-            setting = settle(config, source, checkpoint, processes)
-            return _run(setting, checkpoint, writer, processes, console)
+    with entered(
+        config, resume, fs, harmless=HARMLESS_KEYS,
+        opened=lambda processes: processes.first_on_each_machine(lambda: _open_source(config)),
+        facts=lambda source: {"data": _data_facts(config, source)},
+    ) as run:  # fmt: skip
+        setting = settle(config, run.inputs, run.checkpoint, run.processes)
+        return _run(setting, run.checkpoint, run.writer, run.processes, run.console)
 
 
 def dry_run(config: PretrainConfig, num_processes: int = 1, local_size: int = 1) -> list[str]:

@@ -18,9 +18,10 @@ from robustness.evaluation import Reading
 from robustness.grid import chosen
 from robustness.settings import RobustConfig
 from transfer.detection.coco import CocoSet
+from transfer.detection.coco_eval import evaluate as evaluate_rows
 from transfer.detection.coco_file import coco_paths, read_coco
 from transfer.detection.detector import load_detector, require_categories
-from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator
+from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, average_precisions
 from transfer.segmentation.directory import LoadedSegmentor, load_segmentor
 from transfer.segmentation.labels import LabelTable, label_table
 from transfer.segmentation.miou import scores_of
@@ -51,7 +52,7 @@ def open_detector(config: RobustConfig, device: torch.device, reading: Reading) 
             coco, loaded.side, device, precision, EVAL_BATCH_SIZE, reading.num_workers, reading.timeout_s, Processes(),
             read,
         )  # fmt: skip
-        return _plain(evaluator.figures(evaluator(model)))
+        return average_precisions(evaluate_rows(coco, evaluator(model)))
 
     tested = DenseModel(
         "detector", shown(config.model), _digest(config.model, model), loaded.names, (loaded.side, loaded.side),
@@ -101,7 +102,7 @@ def open_segmentor(config: RobustConfig, device: torch.device, reading: Reading)
             pairs, table, len(loaded.classes), EvalSizes(loaded.scale), labeller, reading.num_workers,
             reading.timeout_s, Processes(), read,
         )  # fmt: skip
-        figures = _plain(figures_of(scores_of(evaluator(model))))
+        figures = figures_of(scores_of(evaluator(model)))
         if any(value != value for value in figures.values()):
             raise DataError(f"{shown(pairs.labels.origin)}: no labelled pixel in it; mIoU is not defined without one")
         return figures
@@ -138,11 +139,6 @@ def _root(config: RobustConfig) -> Path | None:
 def _tell(notes: list[str]) -> None:
     for line in notes:
         logger.warning("%s", line)
-
-
-def _plain(figures: dict[str, float]) -> dict[str, float]:
-    """Figures of an evaluation by their names alone."""
-    return {name.removeprefix("eval/"): value for name, value in figures.items()}
 
 
 def _digest(folder: Path, model: Any) -> str:

@@ -22,10 +22,10 @@ from core.files import FileSystem, replace_file, require_space
 from core.flags import stop_signal
 from core.loader import worker_faults
 from core.log import console_logging, duration
-from core.machine import choose_device, code_digest, environment, git_commit
+from core.machine import choose_device, git_commit
 from core.model_directory import kind_of
 from core.run_directory import RunDirectory
-from core.start import choose_workers
+from core.start import agree_on_code, choose_workers
 from core.watch import EVALUATING
 from core.worker import earlier_faults, note_run
 from robustness.cell_evaluator import Beat, CellEvaluator, ClassifierCells, Examine, Setting
@@ -67,8 +67,7 @@ def robust(config: RobustConfig, fs: FileSystem | None = None) -> dict[str, Any]
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
     with joined(config.loader.timeout_s) as processes, console_logging(processes.is_main):
-        facts = environment()
-        processes.agree({"code": code_digest(), **{key: facts[key] for key in ("torch", "torchvision", "numpy")}})
+        agree_on_code(processes)
         values = config.model_dump(mode="json", exclude=PLACES)
         processes.agree({f"configuration: {key}": value for key, value in values.items()})
         setting = processes.first_on_each_machine(lambda: settle(config, processes))

@@ -64,7 +64,7 @@ def forget_adam_step() -> None:
 
 def forget_step() -> None:
     """A resumed run has its weights and counts its steps from 0 again: schedules, images, checkpoints."""
-    start = pretrain.run.starting_point
+    start = core.start.starting_point
 
     def changed(*arguments: object) -> Checkpoint | None:
         found = start(*arguments)
@@ -72,7 +72,7 @@ def forget_step() -> None:
             return None
         return replace(found, step=0, state={**found.state, "progress": {**found.state["progress"], "step": 0}})
 
-    pretrain.run.starting_point = changed
+    core.start.starting_point = changed
 
 
 def forget_sampler() -> None:

@@ -28,7 +28,7 @@ from core.errors import ConfigError
 from core.flags import FlagReader
 from core.log import LogConfig
 from core.machine import choose_device, environment, keep_freed_memory
-from core.optim import adamw, decay_groups
+from core.optim import OptimConfig, adamw, decay_groups
 from core.parallel import Parallel
 from core.start import RunConfig
 from core.task import Task
@@ -178,9 +178,28 @@ def bench_fit(
     )
 
 
-def _suite(config: PretrainConfig, device: torch.device, batch: PretrainBatch, compiled: bool) -> Callable[[], None]:
-    task, run = suite_run(config, device, len(batch.images), compiled)
-    flags, steps = FlagReader(device), itertools.count()
+def bench_steps(
+    task: Task,
+    config: RunConfig,
+    groups: list[dict],
+    optim: OptimConfig,
+    lr: float,
+    batch: Any,
+    device: torch.device,
+    compiled: bool,
+) -> Callable[[], None]:
+    """Whole optimizer steps of a task on one batch, with AdamW over these groups at a steady rate."""
+    if compiled:
+        compile_blocks(task)
+    images = len(batch.images)
+    plan, processes = Plan(images, images, 1, 1), Processes()
+    run = bench_fit(task, config, plan, adamw(groups, optim), lr, optim.clip_grad, device, processes)
+    return steps_of(task, batch, run)
+
+
+def steps_of(task: Task, batch: Any, run: Fit) -> Callable[[], None]:
+    """Optimizer steps on one batch, one after the other, as `core.engine` makes them."""
+    flags, steps = FlagReader(run.device), itertools.count()
 
     def step() -> None:
         number = next(steps)
@@ -188,6 +207,11 @@ def _suite(config: PretrainConfig, device: torch.device, batch: PretrainBatch, c
         flags.read(number - 2)
 
     return step
+
+
+def _suite(config: PretrainConfig, device: torch.device, batch: PretrainBatch, compiled: bool) -> Callable[[], None]:
+    task, run = suite_run(config, device, len(batch.images), compiled)
+    return steps_of(task, batch, run)
 
 
 def _plain(config: PretrainConfig, device: torch.device, batch: PretrainBatch, fused: bool) -> Callable[[], None]:

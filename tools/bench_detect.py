@@ -4,7 +4,6 @@ The plain one is the same network with the same weights. Its attention is unfuse
 relative positions; all that comes after the feature pyramid it does image by image.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,17 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.compiling import compile_blocks, compiles
+from core.compiling import compiles
 from core.config import load_config
 from core.distributed import Processes
-from core.engine import Plan, autocast, train_step
+from core.engine import autocast
 from core.errors import ConfigError, shown
-from core.flags import FlagReader
 from core.machine import choose_device
-from core.optim import adamw
 from core.vit import ViT
 from pretrain.presets import ENCODERS, preset
-from tools.bench import BASELINE, EAGER, SUITE, Row, bench_fit, raced, report_rows
+from tools.bench import BASELINE, EAGER, SUITE, Row, bench_steps, raced, report_rows
 from tools.bench_coco_eval import HEIGHT, NUM_CLASSES, WIDTH, made_up_set
 from tools.plain_attention import make_attention_plain
 from transfer.detection.coco import CocoSet
@@ -111,22 +108,10 @@ def _training(
 def _step(
     config: DetectConfig, model: MaskRCNN, coco: CocoSet, batch: DetectionBatch, device: torch.device, compiled: bool
 ) -> Callable[[], None]:
-    """Whole optimizer steps, as `core.engine` makes them."""
-    processes, images = Processes(), len(batch.images)
-    evaluator = CocoEvaluator(coco, config.img_size, device, config.eval_precision, 1, 0, 60, processes)  # never asked
+    # The evaluator is never asked.
+    evaluator = CocoEvaluator(coco, config.img_size, device, config.eval_precision, 1, 0, 60, Processes())
     task = DetectionTask(model.to(device), config.drop_path, config.seed, evaluator)
-    if compiled:
-        compile_blocks(task)
-    optimizer = adamw(parameter_groups(config, model), config.optim)
-    run = bench_fit(task, config, Plan(images, images, 1, 1), optimizer, LR, config.optim.clip_grad, device, processes)
-    flags, steps = FlagReader(device), itertools.count()
-
-    def step() -> None:
-        number = next(steps)
-        train_step(task, [batch], run, number, flags)
-        flags.read(number - 2)
-
-    return step
+    return bench_steps(task, config, parameter_groups(config, model), config.optim, LR, batch, device, compiled)
 
 
 def _inference(

@@ -31,6 +31,7 @@ from tools.bench_corruptions import one_thread
 from tools.bench_data import draw_photographs
 from tools.bench_detect import candidate_threshold, detector_of, made_up_batch
 from transfer.detection.coco import CocoSet
+from transfer.detection.coco_eval import evaluate
 from transfer.detection.settings import DetectConfig
 from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator
 
@@ -90,7 +91,7 @@ def _rest(config: DetectConfig, model: str, coco: CocoSet, device: torch.device)
     evaluator = CocoEvaluator(
         coco, config.img_size, device, config.eval_precision, EVAL_BATCH_SIZE, 0, config.loader.timeout_s, Processes()
     )
-    return lambda: _ignore(evaluator.figures(evaluator(detector)))
+    return lambda: _ignore(evaluate(coco, evaluator(detector)))
 
 
 def _corrupting(images: Sequence[torch.Tensor], name: str, severity: int, device: torch.device) -> Callable[[], None]:

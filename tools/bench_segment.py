@@ -4,7 +4,6 @@ The plain one (`tools/plain_segmentor.py`) is the same network with the same wei
 before anything is timed.
 """
 
-import itertools
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,18 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.compiling import compile_blocks, compiles
+from core.compiling import compiles
 from core.config import load_config
 from core.distributed import Processes
-from core.engine import Plan, autocast, train_step
+from core.engine import autocast
 from core.errors import ConfigError, shown
-from core.flags import FlagReader
 from core.machine import choose_device
-from core.optim import adamw
 from core.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from core.vit import ViT, ViTConfig
 from pretrain.presets import ENCODERS, preset
-from tools.bench import BASELINE, EAGER, SUITE, Row, bench_fit, raced, report_rows, seconds_of
+from tools.bench import BASELINE, EAGER, SUITE, Row, bench_steps, raced, report_rows, seconds_of
 from tools.plain_segmentor import as_plain, plain_confusion, plain_labels
 from transfer.segmentation.classes import open_classes
 from transfer.segmentation.data import SegmentationBatch, normalized
@@ -210,22 +207,10 @@ def _training(bench: Bench, batch: SegmentationBatch) -> dict[str, Callable[[], 
 
 
 def _step(bench: Bench, model: Segmentor, batch: SegmentationBatch, compiled: bool) -> Callable[[], None]:
-    """Whole optimizer steps, as `core.engine` makes them."""
-    config, device, processes, images = bench.config, bench.device, Processes(), len(batch.images)
+    config, device = bench.config, bench.device
     model = model.to(device)
-    task = SegmentationTask(model, config.drop_path, config.seed, _never, processes, build=lambda: model)
-    if compiled:
-        compile_blocks(task)
-    optimizer = adamw(parameter_groups(config, model), config.optim)
-    run = bench_fit(task, config, Plan(images, images, 1, 1), optimizer, LR, config.optim.clip_grad, device, processes)
-    flags, steps = FlagReader(device), itertools.count()
-
-    def step() -> None:
-        number = next(steps)
-        train_step(task, [batch], run, number, flags)
-        flags.read(number - 2)
-
-    return step
+    task = SegmentationTask(model, config.drop_path, config.seed, _never, Processes(), build=lambda: model)
+    return bench_steps(task, config, parameter_groups(config, model), config.optim, LR, batch, device, compiled)
 
 
 def _never(model: Network) -> NoReturn:

@@ -31,12 +31,12 @@ from core.start import (
     choose_workers,
     claimed,
     data_facts,
+    entered,
     image_feed,
     open_log,
     require_same_backbone,
     require_same_data,
     run_info,
-    starting_point,
 )
 from core.transforms import random_crop_box
 from core.vit import ViT
@@ -71,20 +71,17 @@ def classify(config: ClassifyConfig, resume: str = "auto", fs: FileSystem | None
     Returns: the content of summary.json.
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
-    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
-        agree_on_run(processes, config, resume, PATHS)
-        sets = processes.first_on_each_machine(lambda: _open_sets(config))
-        backbone = processes.together(lambda: _open_backbone(config))
-        facts = _facts(sets, backbone)
-        processes.agree(facts)
-        with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
-            checkpoint = starting_point(writer, resume, config.out, processes)
-            normalization = stored_normalization(config.backbone)
-            setting = settle(config, backbone, facts["backbone"], sets, normalization, checkpoint, processes)
-            begin(config, header(setting))
-            if config.protocol == "knn":
-                return _knn(setting, writer, processes)
-            return _train(setting, checkpoint, writer, processes, console)
+    with entered(
+        config, resume, fs, harmless=HARMLESS_KEYS, paths=PATHS, opened=lambda processes: _open(config, processes),
+        facts=lambda inputs: _facts(*inputs),
+    ) as run:  # fmt: skip
+        sets, backbone = run.inputs
+        normalization = stored_normalization(config.backbone)
+        setting = settle(config, backbone, run.facts["backbone"], sets, normalization, run.checkpoint, run.processes)
+        begin(config, header(setting))
+        if config.protocol == "knn":
+            return _knn(setting, run.writer, run.processes)
+        return _train(setting, run.checkpoint, run.writer, run.processes, run.console)
 
 
 def dry_run(config: ClassifyConfig) -> list[str]:
@@ -118,6 +115,11 @@ def evaluate(config: ClassifyConfig) -> dict[str, Any]:
             outcomes = evaluator(loaded.model.to(device))
             facts = {"classifier": digest, "test_images": len(source), "flags": _flags(config, device, processes)}
             return processes.on_main(lambda: _write_outcomes(writer, config, outcomes, loaded.classes, facts))
+
+
+def _open(config: ClassifyConfig, processes: Processes) -> tuple[tuple[ImageSource, ImageSource], ViT]:
+    sets = processes.first_on_each_machine(lambda: _open_sets(config))
+    return sets, processes.together(lambda: _open_backbone(config))
 
 
 def _open_sets(config: ClassifyConfig) -> tuple[ImageSource, ImageSource]:

@@ -29,16 +29,16 @@ from core.start import (
     begin,
     choose_workers,
     claimed,
+    entered,
     image_feed,
     open_log,
     require_same_backbone,
     require_same_data,
     run_info,
-    starting_point,
 )
 from core.vit import ViT
 from transfer.detection.coco import CocoSet, training_set
-from transfer.detection.coco_eval import Row, evaluate, result_entries
+from transfer.detection.coco_eval import evaluate, result_entries
 from transfer.detection.coco_file import coco_paths, read_coco
 from transfer.detection.data import Collate, PrepareDetection, detection_batch, evaluation_images, normalized
 from transfer.detection.dense_vit import dense_vit
@@ -46,7 +46,7 @@ from transfer.detection.detector import export_detector, load_detector, require_
 from transfer.detection.draw import draw_detections, tiled
 from transfer.detection.mask_rcnn import MaskRCNN, build_mask_rcnn
 from transfer.detection.settings import HARMLESS_KEYS, DetectConfig, Setting, header, parameter_groups, settle
-from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, DetectionTask
+from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, DetectionTask, Evaluated
 
 PATHS = ("backbone", "train_json", "train_images", "val_json", "val_images")
 NUM_PICTURES, PICTURE_SCORE = 6, 0.3  # validation images drawn at each evaluation, from which score on
@@ -64,16 +64,15 @@ def detect(config: DetectConfig, resume: str = "auto", fs: FileSystem | None = N
     Returns: the content of summary.json.
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
-    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
-        agree_on_run(processes, config, resume, PATHS)
-        sets = processes.together(lambda: _open_sets(config))
-        vit, digest = processes.together(lambda: _open_backbone(config))
-        processes.agree({"data": _facts(sets[0]), "validation data": _facts(sets[1]), "backbone": digest})
-        with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
-            checkpoint = starting_point(writer, resume, config.out, processes)
-            setting = settle(config, vit, digest, sets, checkpoint, processes)
-            begin(config, header(setting))
-            return _train(setting, checkpoint, writer, processes, console)
+    with entered(
+        config, resume, fs, harmless=HARMLESS_KEYS, paths=PATHS,
+        opened=lambda processes: processes.together(lambda: (_open_sets(config), _open_backbone(config))),
+        facts=lambda inputs: _all_facts(*inputs),
+    ) as run:  # fmt: skip
+        sets, (vit, digest) = run.inputs
+        setting = settle(config, vit, digest, sets, run.checkpoint, run.processes)
+        begin(config, header(setting))
+        return _train(setting, run.checkpoint, run.writer, run.processes, run.console)
 
 
 def dry_run(config: DetectConfig) -> list[str]:
@@ -91,7 +90,7 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
     with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main):
         agree_on_run(processes, config, "eval", PATHS)
         loaded = processes.together(lambda: load_detector(config.backbone))
-        coco = processes.together(lambda: _validation_set(config))
+        coco = processes.together(lambda: _open_set(config, "val"))
         require_categories(coco, loaded)
         processes.agree({"data": _facts(coco)})
         with claimed(config, HARMLESS_KEYS, processes, None) as writer:
@@ -102,25 +101,29 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
                 processes,
             )  # fmt: skip
             rows = evaluator(loaded.model.to(device))
-            return processes.on_main(lambda: _write_results(writer, config, coco, rows, {"flags": _flags(config)}))
+            facts = {"flags": _flags(config)}
+            return processes.on_main(
+                lambda: _write_results(writer, config, coco, Evaluated(rows, evaluate(coco, rows)), facts)
+            )
 
 
 # ---- what is opened -------------------------------------------------------------------------------------------------
 
 
 def _open_sets(config: DetectConfig) -> tuple[CocoSet, CocoSet]:
-    root = Path(config.data)
-    train = read_coco(coco_paths(root, "train", config.train_json, config.train_images))
-    for line in train.notes():
-        logger.warning("%s", line)
-    return training_set(train, config.keep_background), _validation_set(config)
+    return training_set(_open_set(config, "train"), config.keep_background), _open_set(config, "val")
 
 
-def _validation_set(config: DetectConfig) -> CocoSet:
-    coco = read_coco(coco_paths(Path(config.data), "val", config.val_json, config.val_images))
+def _open_set(config: DetectConfig, split: str) -> CocoSet:
+    own = {"train": (config.train_json, config.train_images), "val": (config.val_json, config.val_images)}[split]
+    coco = read_coco(coco_paths(Path(config.data), split, *own))
     for line in coco.notes():
         logger.warning("%s", line)
     return coco
+
+
+def _all_facts(sets: tuple[CocoSet, CocoSet], backbone: tuple[ViT, str]) -> dict[str, Any]:
+    return {"data": _facts(sets[0]), "validation data": _facts(sets[1]), "backbone": backbone[1]}
 
 
 def _facts(coco: CocoSet) -> dict[str, Any]:
@@ -242,12 +245,11 @@ def _finish(
 
 
 def _write_results(
-    writer: Writer | None, config: DetectConfig, coco: CocoSet, rows: list[Row], facts: dict[str, Any]
+    writer: Writer | None, config: DetectConfig, coco: CocoSet, found: Evaluated, facts: dict[str, Any]
 ) -> dict[str, Any]:
     assert writer is not None, "only the first process writes"
     path = writer.directory.path
-    figures = evaluate(coco, rows)
-    overall = {name: value for name, value in figures.items() if "/" not in name}
+    overall = {name: value for name, value in found.figures.items() if "/" not in name}
     text = "  ".join(f"{name} {value:.4f}" for name, value in overall.items() if value is not None)
     logger.info("%s", text or "no figure is defined: the validation set has no ground truth")
     summary = {
@@ -259,8 +261,8 @@ def _write_results(
         "figures": overall,
         **facts,
     }
-    replace_file(path / "detections.json", json.dumps(result_entries(rows, coco)).encode())
-    replace_file(path / "results.json", json.dumps(summary | {"all_figures": figures}, indent=1).encode())
+    replace_file(path / "detections.json", json.dumps(result_entries(found.rows, coco)).encode())
+    replace_file(path / "results.json", json.dumps(summary | {"all_figures": found.figures}, indent=1).encode())
     writer.directory.write_summary(summary)
     return summary
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from core.loader import Read, eval_loader
 from core.task import Place
 from core.vit import drop_path_scales
 from transfer.detection.coco import CocoSet
-from transfer.detection.coco_eval import Row, detection_rows, evaluate, gather_rows
+from transfer.detection.coco_eval import Figures, Row, detection_rows, evaluate, gather_rows
 from transfer.detection.data import DetectionBatch, detection_batch, evaluation_images, normalized
 from transfer.detection.mask_rcnn import MaskRCNN
 from transfer.detection.matching import random_permutation
@@ -55,10 +56,18 @@ class CocoEvaluator:
                     rows += detection_rows(index, detections)
         return gather_rows(rows, seen, self.coco, self.processes)
 
-    def figures(self, rows: list[Row]) -> dict[str, float]:
-        """Average precision of boxes and masks over all categories, where it is defined."""
-        found = {name: value for name, value in evaluate(self.coco, rows).items() if re.fullmatch(r"\w+_ap\w*", name)}
-        return {f"eval/{name}": value for name, value in found.items() if value is not None}
+
+def average_precisions(figures: Figures) -> dict[str, float]:
+    """Of all figures of an evaluation those over all categories, of precision, where they are defined."""
+    found = {name: value for name, value in figures.items() if re.fullmatch(r"\w+_ap\w*", name)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class Evaluated(NamedTuple):
+    """The detections of an evaluation, and all its figures."""
+
+    rows: list[Row]
+    figures: Figures
 
 
 class DetectionTask:
@@ -68,7 +77,7 @@ class DetectionTask:
         self, model: MaskRCNN, drop_path: float, seed: int, evaluator: CocoEvaluator, draw: "Draw | None" = None
     ) -> None:
         self.model, self._drop_path, self._seed, self._evaluator, self._draw = model, drop_path, seed, evaluator, draw
-        self.latest: list[Row] | None = None  # of the last evaluation
+        self.latest: Evaluated | None = None
 
     def losses(self, batch: DetectionBatch, at: Place) -> dict[str, Tensor]:
         """Losses of proposals, boxes and masks; anchors, regions and drop path are drawn from the place in the run."""
@@ -89,8 +98,9 @@ class DetectionTask:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """COCO's average precision on the validation images."""
-        self.latest = self._evaluator(self.model)
-        return self._evaluator.figures(self.latest)
+        rows = self._evaluator(self.model)
+        self.latest = Evaluated(rows, evaluate(self._evaluator.coco, rows))
+        return {f"eval/{name}": value for name, value in average_precisions(self.latest.figures).items()}
 
     def pictures(self, step: int) -> dict[str, np.ndarray]:
         """Detections on a few validation images."""

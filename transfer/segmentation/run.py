@@ -28,12 +28,12 @@ from core.start import (
     begin,
     choose_workers,
     claimed,
+    entered,
     image_feed,
     open_log,
     require_same_backbone,
     require_same_data,
     run_info,
-    starting_point,
 )
 from core.vit import ViT, ViTConfig, resize_pos_embed
 from transfer.segmentation.augment import resize_label
@@ -85,16 +85,13 @@ def segment(config: SegmentConfig, resume: str = "auto", fs: FileSystem | None =
     Returns: the content of summary.json.
     Raises: the errors of `core.errors`, each with the exit code of its kind.
     """
-    with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main) as console:
-        agree_on_run(processes, config, resume, PATHS)
-        inputs = processes.together(lambda: open_inputs(config))
-        facts = {"data": _facts(inputs.train), "validation data": _facts(inputs.val), "backbone": inputs.digest}
-        processes.agree(facts)
-        with claimed(config, HARMLESS_KEYS, processes, fs) as writer:
-            checkpoint = starting_point(writer, resume, config.out, processes)
-            setting = settle(config, inputs, checkpoint, processes)
-            begin(config, header(setting))
-            return _train(setting, checkpoint, writer, processes, console)
+    with entered(
+        config, resume, fs, harmless=HARMLESS_KEYS, paths=PATHS,
+        opened=lambda processes: processes.together(lambda: open_inputs(config)), facts=_all_facts,
+    ) as run:  # fmt: skip
+        setting = settle(config, run.inputs, run.checkpoint, run.processes)
+        begin(config, header(setting))
+        return _train(setting, run.checkpoint, run.writer, run.processes, run.console)
 
 
 def dry_run(config: SegmentConfig) -> list[str]:
@@ -147,6 +144,10 @@ def _open_set(config: SegmentConfig, split: Split) -> SegmentationSet:
     for line in pairs.notes():
         logger.warning("%s", line)
     return pairs
+
+
+def _all_facts(inputs: Inputs) -> dict[str, Any]:
+    return {"data": _facts(inputs.train), "validation data": _facts(inputs.val), "backbone": inputs.digest}
 
 
 def _facts(pairs: SegmentationSet) -> dict[str, Any]:
@@ -382,7 +383,7 @@ def _write_results(
     path, scores = writer.directory.path, scores_of(confusion)
     for line in scores.table(classes.names):
         logger.info("%s", line)
-    figures = {name.removeprefix("eval/"): _defined(value) for name, value in figures_of(scores).items()}
+    figures = {name: _defined(value) for name, value in figures_of(scores).items()}
     told = "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
     logger.info("%s", told or "no figure is defined: the validation images have no labelled pixel")
     summary = {

@@ -137,12 +137,8 @@ def trained_part(model: Network) -> nn.Module:
 
 
 def figures_of(scores: SegmentationScores) -> dict[str, float]:
-    """The figures of a log, in per cent."""
-    return {
-        "eval/miou_pct": 100 * scores.miou,
-        "eval/macc_pct": 100 * scores.macc,
-        "eval/aacc_pct": 100 * scores.aacc,
-    }
+    """The figures of a set, in per cent."""
+    return {"miou_pct": 100 * scores.miou, "macc_pct": 100 * scores.macc, "aacc_pct": 100 * scores.aacc}
 
 
 class SegmentationTask:
@@ -198,7 +194,7 @@ class SegmentationTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """IoU and accuracies on the validation images."""
         self.latest = self._evaluator(self._whole())
-        return figures_of(scores_of(self.latest))
+        return {f"eval/{name}": value for name, value in figures_of(scores_of(self.latest)).items()}
 
     def pictures(self, step: int) -> dict[str, np.ndarray]:
         """Labels of a few validation images."""
