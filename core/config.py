@@ -35,6 +35,10 @@ class Config(BaseModel):
         """Yield one line per set of keys that cannot hold together; models that have such keys override this."""
         return iter(())
 
+    def changed(self) -> set[str]:
+        """Keys that say something else than their defaults."""
+        return {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
         lines = list(self.contradictions())

@@ -85,7 +85,7 @@ class PretrainConfig(RunConfig):
 
     def contradictions(self) -> Iterator[str]:
         """Keys that cannot hold together."""
-        changed = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        changed = self.changed()
         if self.method == "mae":
             for key in sorted(changed & {"gamma", "momentum", "teacher"}):
                 yield f"{key}: has no effect with method=mae, which has no teacher; remove one of the two"

@@ -159,10 +159,6 @@ class RobustConfig(Config):
             if self.definition != "imagecorruptions" or self.corrupt == "input":
                 yield f"definition, corrupt: those of a {kind} are imagecorruptions and decoded; leave both out"
 
-    def changed(self) -> set[str]:
-        """Keys that say something else than their defaults."""
-        return {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
-
     def corruption_names(self) -> tuple[str, ...]:
         """The corruptions of the grid, in the order of the tables."""
         if isinstance(self.corruptions, tuple):

@@ -100,7 +100,7 @@ class ClassifyConfig(RunConfig):
     def contradictions(self) -> Iterator[str]:
         """Keys that cannot hold together."""
         yield from super().contradictions()
-        changed = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        changed = self.changed()
         for group in sorted(changed & {"finetune", "linprobe", "knn"} - {self.protocol}):
             yield f"{group}: has no effect with protocol={self.protocol}; remove one of the two"
         if self.protocol == "knn" and "augment" in changed:

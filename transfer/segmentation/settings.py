@@ -11,7 +11,6 @@ from torch import nn
 
 from core import start
 from core.checkpoint import Checkpoint
-from core.config import Config
 from core.cost import BF16_SHARE, encoder_parameters, held_values
 from core.distributed import Processes
 from core.engine import Plan, uses_bf16
@@ -103,22 +102,18 @@ class SegmentConfig(RunConfig, LabelKeys):
         yield from super().contradictions()
         if self.warmup_steps >= self.steps:
             yield f"warmup_steps={self.warmup_steps}: must be below steps={self.steps}"
-        for key in sorted(_changed(self.segmentor) & {"num_classes", "ignore_index"}):
+        for key in sorted(self.segmentor.changed() & {"num_classes", "ignore_index"}):
             yield f"segmentor.{key}: is that of the labels; give {key} without segmentor."
         if self.optim.lr is None:
             yield "optim.lr: segmentation has no rule that scales it; give the peak rate"
         if self.optim.min_lr:
             yield "optim.min_lr: has no effect on a rate that ends at zero"
         if self.head == "linear":
-            odd = [key for key in ONLY_UPERNET if key in _changed(self)]
-            odd += [f"segmentor.{key}" for key in sorted(_changed(self.segmentor) - {"average"})]
+            odd = [key for key in ONLY_UPERNET if key in self.changed()]
+            odd += [f"segmentor.{key}" for key in sorted(self.segmentor.changed() - {"average"})]
             yield from (f"{key}: has no effect with head=linear, which trains no backbone" for key in odd)
             if self.engine.parallel == "fsdp2":
                 yield "engine.parallel=fsdp2 and head=linear: one layer needs no sharding; use ddp"
-
-
-def _changed(config: Config) -> set[str]:
-    return {key for key, field in type(config).model_fields.items() if getattr(config, key) != field.default}
 
 
 def parameter_groups(config: SegmentConfig, part: nn.Module) -> list[dict]:
