@@ -68,6 +68,18 @@ def load_config(model: type[ConfigT], path: Path | None, overrides: Sequence[str
         raise ConfigError("\n".join(_lines_of(error, model, origins, where))) from None
 
 
+def as_overrides(tree: Tree, prefix: str = "") -> list[str]:
+    """Plain values as the `a.b=value` texts that `load_config` reads back to them."""
+    texts = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value and all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in value):
+            texts += as_overrides(value, f"{prefix}{key}.")
+            continue
+        as_it_is = isinstance(value, str) and _override_value(value, "", {}) == value
+        texts.append(f"{prefix}{key}={value if as_it_is else json.dumps(value, ensure_ascii=False)}")
+    return texts
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML text that `load_config` reads back to the same model."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -241,7 +253,8 @@ def _lines_of(error: ValidationError, model: type[Config], origins: Origins, whe
     for item in error.errors():
         location = [part for part in item["loc"] if isinstance(part, str)]
         key = ".".join(location)
-        while key and not any(known == key for known in dotted_keys(model)) and item["type"] != "extra_forbidden":
+        known = {*dotted_keys(model), *origins}  # what was given may lie below keys that are free
+        while key and key not in known and item["type"] != "extra_forbidden":
             key = key.rpartition(".")[0]  # drops pydantic's names for the members of a union
         below = (at for name, at in origins.items() if name.startswith(f"{key}."))  # a group that should be a value
         at = origins.get(key) or next(below, where)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from core.config import (
     MAX_FILE_BYTES,
     Config,
+    as_overrides,
     config_hash,
     differences,
     dotted_keys,
@@ -22,18 +23,20 @@ from core.config import (
 from core.errors import ConfigError
 from pretrain.settings import PretrainConfig
 from robustness.settings import RobustConfig
+from tools.chain import ChainConfig, load_chain
 from transfer.classification.settings import ClassifyConfig
 from transfer.detection.settings import DetectConfig
 from transfer.segmentation.settings import SegmentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "pretrain", "transfer", "robustness", "tools")
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+CHAINS = sorted((ROOT / "configs" / "chain").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(CHAINS))
 STAGES: dict[str, tuple[type[Config], tuple[str, ...]]] = {  # what a recipe, or a folder of them, configures and needs
     "pretrain": (PretrainConfig, ()),
     "demo/pretrain": (PretrainConfig, ()),
     "demo/finetune": (ClassifyConfig, ("backbone=z",)),
-    "demo/corruptions": (RobustConfig, ()),
+    "demo/robust": (RobustConfig, ()),
     "demo/detect": (DetectConfig, ()),
     "demo/segment": (SegmentConfig, ()),
     "transfer": (ClassifyConfig, ("backbone=z",)),
@@ -225,6 +228,35 @@ def test_overrides_win_over_the_file_and_reach_into_groups(write_yaml: WriteYaml
     config = load("epochs=95", "loader.num_workers=2", "blr=1e-3", "optim.beta2=0.9", path=path)
     assert (config.epochs, config.blr, config.optim.beta2) == (95, 1e-3, 0.9)
     assert (config.loader.num_workers, config.loader.timeout_s) == (2, 7)
+
+
+def test_plain_values_become_overrides_that_read_back_the_same() -> None:
+    class Free(Config):
+        tree: dict[str, Any]
+
+    odd = [
+        "true",
+        "1e-4",
+        "",
+        "~",
+        "x y",
+        "#x",
+        "[x",
+        "{a",
+        "'",
+        "\\n",
+        'a "b"\nc: d',
+        "- x",
+        "é\u2028🙂: ",
+        "a #b",
+        " a ",
+        "a=b",
+    ]
+    tree = {"n": 1, "group": {"x": 1e-4, "none": None, "flag": True, "deep": {"list": [1, "2", {"0": 3}], "empty": {}}},
+        "map": {"0": 1, "11": 255}, **{f"odd_{i}": text for i, text in enumerate(odd)}}  # fmt: skip
+    texts = as_overrides(tree)
+    assert {"n=1", "group.x=0.0001", "group.none=null", 'map={"0": 1, "11": 255}', "odd_4=x y"} <= set(texts)
+    assert load_config(Free, None, [f"tree.{text}" for text in texts]).tree == tree
 
 
 def test_overrides_take_flow_lists_groups_and_null() -> None:
@@ -444,6 +476,13 @@ def test_every_recipe_loads_and_reads_back_the_same(write_yaml: WriteYaml, path:
     assert load_config(kind, write_yaml(dump_config(config), "dumped.yaml")) == config
 
 
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
+def test_every_chain_loads_with_all_its_stages_and_reads_back_the_same(write_yaml: WriteYaml, path: Path) -> None:
+    config, planned = load_chain(path, [])
+    assert [stage.name for stage in planned] == list(config.stages)
+    assert load_config(ChainConfig, write_yaml(dump_config(config), "dumped.yaml")) == config
+
+
 def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 2
 
@@ -480,7 +519,9 @@ def unread_keys(model: type[BaseModel]) -> list[str]:
     return unread
 
 
-@pytest.mark.parametrize("kind", [PretrainConfig, ClassifyConfig, DetectConfig, SegmentConfig, RobustConfig])
+@pytest.mark.parametrize(
+    "kind", [PretrainConfig, ClassifyConfig, DetectConfig, SegmentConfig, RobustConfig, ChainConfig]
+)
 def test_every_key_is_read_somewhere(kind: type[Config]) -> None:
     assert unread_keys(kind) == []
 

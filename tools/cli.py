@@ -349,13 +349,32 @@ def report(
 
 
 @app.command()
+def chain(settings: Settings = None, dry_run: DryRun = False) -> None:
+    """Carry out all stages of one YAML, each an ordinary command, and write their report; the same command goes on.
+
+    Example: rcmae chain configs/chain/own_photos.yaml data.photos=my_photos data.coco=my_coco out=runs/mine
+    """
+    from tools.chain import dry_run as plan
+    from tools.chain import run_chain
+
+    path, overrides = split(settings or [])
+    if path is None:
+        raise ConfigError("chain: needs a file of stages, as in rcmae chain configs/chain/own_photos.yaml")
+    if dry_run:
+        print(plan(path, overrides))
+    else:
+        run_chain(path, overrides)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to draw the small world and train on it.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Three minutes: the same stages on less, worth less.")] = False,
 ) -> None:
-    """Draw a small world of textured shapes and pretrain on it: no download, four CPU minutes at most."""
+    """Draw a small world of textured shapes and run every stage on it: no download, twelve CPU minutes at most."""
     from tools.demo import run_demo
 
-    run_demo(out)
+    run_demo(out, quick)
 
 
 def main() -> None:

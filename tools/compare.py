@@ -8,7 +8,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from typing import Any
 import numpy as np
 
 from core.config import read_yaml
-from core.errors import ConfigError, Preempted, error_of, shown
+from core.errors import ConfigError, Preempted, shown
 from core.files import replace_file
 from core.flags import stop_signal
 from core.log import read_metrics
 from core.plots import plot
-from core.worker import end_with_parent
-
-ROOT = Path(__file__).resolve().parent.parent
+from tools.commands import begin_command, failure
 
 # What a recipe says of a teacher is taken back for MAE, which has none.
 _NO_TEACHER = ["gamma=1", "momentum=0.996", "teacher.mask=same", "teacher.schedule=constant", "teacher.update=step"]
@@ -72,8 +69,7 @@ def compare(
     codes = _train(commands, out, jobs)
     for name, code in codes.items():
         if code not in (0, Preempted.exit_code):
-            text = _log(out, name).read_text(errors="replace").strip().splitlines() or ["no output"]
-            raise error_of(code, f"{shown(_log(out, name))}: {text[-1].removeprefix('error: ')}")
+            raise failure(code, _log(out, name))
     if len(codes) < len(runs) or any(codes.values()):
         raise Preempted("stopped; finished steps are saved, the same command goes on")
     curves = [read_curve(out / name, *run) for name, run in runs.items()]
@@ -83,21 +79,13 @@ def compare(
 
 def _train(commands: dict[str, list[str]], out: Path, jobs: int) -> dict[str, int]:
     """Carry out the runs, so many at a time; the exit codes of those that were begun. A signal stops all."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     waiting, running, codes = list(commands), dict[str, subprocess.Popen](), dict[str, int]()
     with stop_signal() as stopped:
         while running or (waiting and not stopped):
             while waiting and len(running) < jobs and not stopped:
                 name = waiting.pop(0)
-                # -P: a folder called tools where the user stands must not be taken for ours.
-                command = [sys.executable, "-P", "-m", "tools.cli", "pretrain", *commands[name]]
-                with _log(out, name).open("ab") as log:
-                    running[name] = subprocess.Popen(  # noqa: S603  no shell
-                        command, stdout=log, stderr=log, env=environment, start_new_session=True,
-                        preexec_fn=end_with_parent,
-                    )  # fmt: skip
+                running[name] = begin_command(["pretrain", *commands[name]], _log(out, name), threads)
             if stopped and stopped[-1] != "passed on":
                 stopped.append("passed on")
                 for process in running.values():

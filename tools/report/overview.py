@@ -22,7 +22,7 @@ def story(inputs: Inputs) -> Section:
     runs = in_order(inputs.runs)
     rows = []
     for run in runs[:STORY_LINES]:
-        cells = [run.stage, data_name(run) or DASH, _headline(run), starts_from(run, runs), run.state, _care(run)]
+        cells = [run.stage, data_name(run) or DASH, headline(run), starts_from(run, runs), run.state, _care(run)]
         rows.append(Row(run.name, [Cell(one, words=True) for one in cells]))
     notes = list(inputs.notes)
     if len(runs) > STORY_LINES:
@@ -43,7 +43,8 @@ def _counted(runs: Sequence[Run]) -> str:
     return f"{several(len(runs), 'run')}: {told}. {state}" + (f" {care}" if warned else "")
 
 
-def _headline(run: Run) -> str:
+def headline(run: Run) -> str:
+    """The result of a run of any stage in a few words."""
     told = _HEADLINES[run.kind](run) if run.kind in _HEADLINES else ""
     if not told:
         return "no figure yet" if not run.done else "no figure"
