@@ -7,6 +7,7 @@ runs what follows from it again; whether that may go on is for the command itsel
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import time
@@ -266,7 +267,7 @@ def _plan(config: ChainConfig, name: str, beside: Path, earlier: Sequence[str]) 
         paths[one] = _resolved(text, {"out": str(config.out)}, needs)
     paths |= {one: str(config.out / one) for one in earlier}
     values = _resolved({**config.set, **stage.set}, paths, needs)
-    recipe = [] if stage.recipe is None else [str(beside / stage.recipe)]
+    recipe = [] if stage.recipe is None else [os.path.normpath(beside / stage.recipe)]
     arguments = (stage.verb, *recipe, *as_overrides(values), f"out={config.out / name}")
     used = tuple(one for one in earlier if one in needs)
     return Planned(name, stage.verb, config.out / name, arguments, stage.nproc or config.nproc, used)
