@@ -30,6 +30,7 @@ from core.streams import ShardStream
 from core.worker import STOP_SIGNALS, end_with_parent
 
 MAX_TRIES = 20
+PREFETCHED = 4  # micro-batches of each worker that wait in shared memory
 
 logger = logging.getLogger("rcmae")
 
@@ -207,7 +208,7 @@ def _worker_options(num_workers: int, timeout_s: int) -> dict[str, Any]:
         "timeout": timeout_s if num_workers else 0,
         "worker_init_fn": _init_worker,
         "pin_memory": torch.cuda.is_available(),
-        "prefetch_factor": 4 if num_workers else None,
+        "prefetch_factor": PREFETCHED if num_workers else None,
         # Its own generator: a DataLoader otherwise draws from the global stream, which nothing here may.
         "generator": torch.Generator(),
     }
@@ -242,7 +243,7 @@ class Feed:
         wait_s: seconds spent waiting since it was last set to 0.
     """
 
-    loader: DataLoader
+    loader: Iterable[Any]
     accumulation: int
     max_broken: float
     broken: dict[str, str] = field(default_factory=dict)

@@ -162,6 +162,6 @@ def test_the_command_and_its_refusals(tmp_path: Path) -> None:
     )
     assert run.return_value == 0
     with pytest.raises(ConfigError, match="needs a data set"):
-        doctor(DoctorConfig())
+        doctor(DoctorConfig(label_shift=1))
     with pytest.raises(DataError, match="no layout that doctor knows; expected annotations/"):
         doctor(DoctorConfig(data=tmp_path))

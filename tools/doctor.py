@@ -1,4 +1,7 @@
-"""Looks at a data set before anything is trained on it: what is wrong, and what training will do with each fault."""
+"""Looks at a data set before anything is trained on it: what is wrong, and what training will do with each fault.
+
+Without a data set it looks at the installation: `tools/doctor_installation.py`.
+"""
 
 from collections.abc import Callable
 
@@ -7,6 +10,7 @@ from rich.text import Text
 
 from core.errors import ConfigError, DataError, shown
 from tools.doctor_coco import examine_coco
+from tools.doctor_installation import examine_installation
 from tools.doctor_report import DoctorConfig, Report, print_report
 from tools.doctor_segmentation import examine_segmentation
 from transfer.detection.coco_file import LAYOUT, SPLITS, layout_text
@@ -17,15 +21,21 @@ EXAMINERS: dict[str, Callable[[DoctorConfig], list[Report]]] = {
     "coco": examine_coco,
     "segmentation": examine_segmentation,
 }
+OF_INSTALLATION = {"out", "cache", "loader"}  # keys of an examination without a data set
 OF_LABELS = (*LabelKeys.model_fields, "train_labels", "val_labels", "out")  # keys that COCO's format has no use for
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> int:
-    """Examine a data set, print what was found, and say whether it can be trained on.
+    """Examine a data set, print what was found, and say whether it can be trained on; without one, the installation.
 
-    Returns: 0 if it can, 3 if it cannot. Raises: ConfigError or DataError where there is nothing to examine.
+    Returns: 0 if it can, 3 if it cannot; of an installation see `examine_installation`.
+    Raises: ConfigError or DataError where there is nothing to examine.
     """
     console = console or Console()
+    if config.model_fields_set <= OF_INSTALLATION:
+        return examine_installation(config, console)
+    if "cache" in config.model_fields_set:
+        raise ConfigError("cache: has no effect on the examination of a data set; leave it out")
     reports = EXAMINERS[_layout_of(config)](config)
     for report in reports:
         print_report(console, report)
@@ -45,7 +55,7 @@ def _layout_of(config: DoctorConfig) -> str:
     if config.train_labels or config.val_labels:
         return "segmentation"
     if config.data is None:
-        raise ConfigError("doctor: needs a data set, as in rcmae doctor data=ROOT")
+        raise ConfigError("doctor: needs a data set for these keys, as in rcmae doctor data=ROOT")
     if pairs.layout_base(config.data):
         return "segmentation"
     raise DataError(

@@ -1,9 +1,9 @@
-"""What `rcmae doctor` is given, and what its examiners report: facts, findings with their consequences, tables."""
+"""What `rcmae doctor` is given, and what it reports: of sets facts, findings and tables, of an installation lines."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from PIL import Image
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from core.errors import MachineError
 from core.images import FORMATS
 from core.loader import LoaderConfig
 from transfer.segmentation.labels import LabelKeys
@@ -22,12 +23,19 @@ NO_START = "training does not start"
 REPLACED = "each is replaced by another image; more than loader.max_broken_share of them end the run"
 
 Weight = Literal["note", "dropped", "refused"]
-STYLES: dict[Weight, str] = {"note": "", "dropped": "yellow", "refused": "bold red"}
+State = Literal["ok", "note", "fault"]
+STYLES: dict[Weight | State, str] = {
+    "note": "",
+    "dropped": "yellow",
+    "refused": "bold red",
+    "ok": "green",
+    "fault": "bold red",
+}
 T = TypeVar("T")
 
 
 class DoctorConfig(LabelKeys):
-    """What `rcmae doctor` is given. The keys of labels belong to segmentation sets."""
+    """What `rcmae doctor` is given. The keys of labels belong to segmentation sets, `cache` to the installation."""
 
     data: Path | None = None
     train_json: Path | None = None
@@ -36,7 +44,8 @@ class DoctorConfig(LabelKeys):
     val_json: Path | None = None
     val_images: Path | None = None
     val_labels: Path | None = None
-    out: Path | None = None  # folder for a picture of the labels
+    out: Path | None = None  # folder for a picture of the labels; without a data set, where runs would go
+    cache: Path = Path("~/.cache/rcmae")
     loader: LoaderConfig = LoaderConfig()
 
     def contradictions(self) -> Iterator[str]:
@@ -44,6 +53,19 @@ class DoctorConfig(LabelKeys):
         yield from super().contradictions()
         if (self.train_json or self.val_json) and (self.train_labels or self.val_labels):
             yield "train_labels: a set has a JSON of COCO's format or labels of pixels; give one or the other"
+
+
+class Found(NamedTuple):
+    """What a check of the installation has to say: one line.
+
+    Attributes:
+        told: what is so; of a fault, what to do about it too.
+        code: exit code of a fault.
+    """
+
+    state: State
+    told: str
+    code: int = MachineError.exit_code
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,16 @@ def histogram(title: str, rows: Sequence[tuple[str, int]]) -> Table:
     for name, count in rows:
         table.add_row(Text(name), Text(str(count), justify="right"), Text("█" * round(BAR * count / most)))
     return table
+
+
+def print_found(console: Console, name: str, found: Found) -> None:
+    """Print the line of a check, indented where it is too long for one."""
+    row = Table.grid(padding=(0, 2))
+    for width in (5, 10):
+        row.add_column(width=width, no_wrap=True)
+    row.add_column(overflow="fold")
+    row.add_row(Text(found.state, style=STYLES[found.state]), Text(name), Text(found.told))
+    console.print(row)
 
 
 def print_report(console: Console, report: Report) -> None:
