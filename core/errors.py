@@ -83,7 +83,14 @@ def error_of(code: int, message: str) -> RcmaeError:
     return _BY_CODE.get(code, RcmaeError)(message)
 
 
-def shown(text: str | PurePath) -> str:
-    """Foreign text (a file name, a key) as one printable line: control, bidi and undecodable characters escaped."""
+def shown(text: str | PurePath, most: int | None = None) -> str:
+    """Foreign text (a file name, a key) as one printable line: control, bidi and undecodable characters escaped.
+
+    Args:
+        most: characters; of a longer line the middle is left out, for names often differ at one of their ends.
+    """
     raw = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw)
+    if most is None or len(line) <= most:
+        return line
+    return f"{line[: most // 2]}…{line[len(line) - (most - 1 - most // 2) :]}"

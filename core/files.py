@@ -6,6 +6,7 @@ fsync the file, fsync the folder, rename, fsync the parent. A name that does not
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ import time
 from pathlib import Path
 
 from core.errors import MachineError, shown
+
+MAX_NAME_BYTES = 255  # of a file name, on every file system that matters
 
 
 class FileSystem:
@@ -53,10 +56,21 @@ class FileSystem:
         return shutil.disk_usage(path).free
 
 
+def beside(path: Path, kind: str) -> Path:
+    """A name of this process alone beside `path`, for what is being written (`tmp`) or deleted (`del`).
+
+    It tells the name of the path, or where a file name cannot be that long, a digest of it.
+    """
+    name = f".{kind}-{path.name}-{os.getpid()}"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f".{kind}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}-{os.getpid()}"
+    return path.parent / name
+
+
 def replace_file(path: Path, data: bytes, fs: FileSystem | None = None) -> None:
     """Write a single file so that readers see the old or the new content, never a part; safe in a crash."""
     fs = fs or FileSystem()
-    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    temporary = beside(path, "tmp")
     temporary.unlink(missing_ok=True)
     try:
         fs.write(temporary, data)
@@ -71,7 +85,7 @@ def replace_dir(path: Path, files: dict[str, bytes], fs: FileSystem | None = Non
     """Write a folder of files whole: into a temporary folder first, the old folder out of the way, then renamed in."""
     fs = fs or FileSystem()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.parent / f".{kind}-{path.name}-{os.getpid()}" for kind in ("tmp", "del"))
+    temporary, old = (beside(path, kind) for kind in ("tmp", "del"))
     shutil.rmtree(temporary, ignore_errors=True)
     fs.make_dir(temporary)
     try:

@@ -1,9 +1,12 @@
 """What a run says: console and train.log, metrics.jsonl, TensorBoard, W&B, the progress bar, learning curves."""
 
+import hashlib
 import importlib.util
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +70,11 @@ class RunLog:
             import wandb
 
             self._wandb = wandb.init(
-                project=self._config.wandb_project, name=run_name, id=run_name, resume="allow", config=dict(config)
+                project=self._config.wandb_project,
+                name=run_name,
+                id=_wandb_id(run_name),
+                resume="allow",
+                config=dict(config),
             )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -171,6 +178,13 @@ def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _wandb_id(run_name: str) -> str:
+    """The name of a run, or a digest of it where W&B would not take it: it refuses some signs and long ones."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", run_name):
+        return run_name
+    return hashlib.sha256(os.fsencode(run_name)).hexdigest()[:32]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

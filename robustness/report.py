@@ -8,6 +8,7 @@ import numpy as np
 
 from core.plots import plot
 from robustness.corruptions.apply import GROUPS, NAMES, SEVERITIES
+from robustness.published import COLUMNS, PUBLISHED, PUBLISHED_COCO, unlike_published, unlike_published_coco
 from robustness.results import MASKED, PERFORMANCE, SetResult
 from robustness.scores import Grid
 from transfer.detection.coco_names import COCO_NAMES
@@ -23,59 +24,6 @@ TITLES = {
     "corruptions": "corruptions of the given set",
     "representation": "representation under corruption",
 }
-
-
-class Published(NamedTuple):
-    """A row of published figures, in percent; None where its source has none."""
-
-    model: str
-    val_top1: float | None
-    mce: float | None
-    imagenet_a: float | None
-    imagenet_r: float | None
-    imagenet_sketch: float | None
-    source: str
-
-
-# Fine-tuned on ImageNet-1k at 224 px; mCE on the released files. Read in the sources named, nothing from memory.
-PUBLISHED = (
-    Published("MAE ViT-B", 83.664, 51.7, 35.9, 48.3, 34.5, "facebookresearch/mae README, FINETUNE.md"),
-    Published("MAE ViT-L", 85.952, 41.8, 57.1, 59.9, 45.3, "facebookresearch/mae README, FINETUNE.md"),
-    Published("MAE ViT-H", 86.928, 33.8, 68.2, 64.4, 49.6, "facebookresearch/mae README, FINETUNE.md"),
-    Published("RC-MAE ViT-S", 82.0, None, None, None, None, "RC-MAE README"),
-    Published("RC-MAE ViT-B", 83.6, None, None, None, None, "RC-MAE README"),
-    Published("RC-MAE ViT-L", 86.1, None, None, None, None, "RC-MAE README"),
-    Published("DeiT-B (crop 0.9)", None, None, 27.17, 44.91, 32.39, "timm results csv"),
-    Published("DeiT3-B (crop 0.9)", None, None, 38.92, 53.43, 40.38, "timm results csv"),
-    Published("ResNet-50", 76.15, 76.7, None, None, None, "hendrycks/robustness README (clean error 23.85)"),
-)
-COLUMNS = {  # of that table: the set and the figure that each stands for
-    "val_top1": ("imagenet_val", "top1_pct", "val top-1"),
-    "mce": ("imagenet_c", "mce_pct", "mCE"),
-    "imagenet_a": ("imagenet_a", "top1_pct", "A top-1"),
-    "imagenet_r": ("imagenet_r", "top1_pct", "R top-1"),
-    "imagenet_sketch": ("imagenet_sketch", "top1_pct", "Sketch top-1"),
-}
-
-
-class PublishedDetector(NamedTuple):
-    """A row of published figures of a detector on corrupted COCO, in per cent: clean AP, mPC and rPC."""
-
-    model: str
-    box: tuple[float, float, float]
-    mask: tuple[float, float, float]
-    source: str
-
-
-# COCO val2017, 15 corruptions x 5 severities, by imagecorruptions on the decoded image.
-PUBLISHED_COCO = (
-    PublishedDetector(
-        "Mask R-CNN R50-FPN 1x", (37.3, 18.7, 50.1), (34.2, 16.8, 49.1), "mmdetection docs, robustness_benchmarking.md"
-    ),
-    PublishedDetector("Mask R-CNN R50-DCN 1x", (41.1, 23.3, 56.7), (37.2, 20.7, 55.7), "the same"),
-    PublishedDetector("HTC X101-64x4d-DCN", (50.6, 32.7, 64.7), (43.8, 28.1, 64.0), "the same"),
-)
-COCO_VAL_IMAGES = 5000
 
 
 class Unit(NamedTuple):
@@ -256,7 +204,7 @@ def _published(title: str, results: Mapping[str, SetResult]) -> Iterator[str]:
     own = {}
     for column, (name, key, _) in COLUMNS.items():
         result = results.get(name)
-        if result is not None and key in result.figures and _as_published(result.flags):
+        if result is not None and key in result.figures and not any(unlike_published(name, result.flags)):
             own[column] = result.figures[key]
     if not own:
         return
@@ -280,7 +228,7 @@ def _published_coco(title: str, results: Mapping[str, SetResult], classes: Seque
     result = results.get("corruptions")
     if result is None or not {"box_mpc_pct", "box_rpc_pct", "mask_mpc_pct", "mask_rpc_pct"} <= result.figures.keys():
         return
-    if result.flags["images"] != COCO_VAL_IMAGES or tuple(classes) != COCO_NAMES:
+    if any(unlike_published_coco(result.flags)) or tuple(classes) != COCO_NAMES:
         return
     yield "## Beside published figures"
     yield ""
@@ -298,10 +246,6 @@ def _published_coco(title: str, results: Mapping[str, SetResult], classes: Seque
             *([row.model, *map(_as_quoted, (*row.box, *row.mask)), row.source] for row in PUBLISHED_COCO),
         ],
     )
-
-
-def _as_published(flags: Mapping[str, Any]) -> bool:
-    return not flags["subset"] and flags["img_size"] == "224x224" and flags["transform"] != "official"
 
 
 def flag_text(flags: Mapping[str, Any]) -> str:
@@ -352,8 +296,7 @@ def draw_heat_map(path: Path, title: str, results: Mapping[str, SetResult]) -> N
     grids = [(name, unit) for name, result in results.items() for unit in result.grids]
     height = 1.6 + 0.3 * max(len(results[name].grids[unit]) for name, unit in grids)
     samples = dict.fromkeys(sample_text(results[name].flags) for name, _ in grids if "sample" in results[name].flags)
-    marked = "\n".join([title, *samples])
-    with plot(path, (5.4 * len(grids), height), marked) as figure:
+    with plot(path, (5.4 * len(grids), height), title, tuple(samples)) as figure:
         panels = figure.subplots(1, len(grids), squeeze=False)[0]
         for axes, (name, unit) in zip(panels, grids, strict=True):
             _panel(axes, name, results[name], unit)

@@ -32,10 +32,11 @@ def chromium() -> str | None:
 
 @dataclass
 class Seen:
-    """What a page did: what it wrote to the console, and what it asked for."""
+    """What a page did: what it wrote to the console, what it asked for, what it asked its reader."""
 
     console: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
 
 
 class Browser:
@@ -150,6 +151,8 @@ class Page:
                 found.console.append(f"{params['entry']['level']}: {params['entry']['text']}")
             elif method == "Network.requestWillBeSent":
                 found.requests.append(params["request"]["url"][:200])
+            elif method == "Page.javascriptDialogOpening":
+                found.dialogs.append(params["message"])
         return found
 
     def screenshot(self, path: Path, top: int = 0, height: int | None = None) -> None:

@@ -1,10 +1,13 @@
 """Fixtures of all tests. `shared` is the folder of reference results beside the clone; without it tests skip."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tests.chromium import Browser, chromium
 from tests.harness import ForkServer
 from tests.tiny import draw_ade, draw_coco, draw_images, tiny_backbone, tiny_segmentation
 
@@ -63,3 +66,25 @@ def segmented(
         assert server.run(tiny_segmentation(ade, out, backbone, head), log, stage="segment") == 0, log.read_text()
         found[head] = out
     return found
+
+
+@pytest.fixture(scope="session")
+def mmseg() -> ModuleType:
+    """mmsegmentation, imported as framework=mmseg does."""
+    if any(importlib.util.find_spec(name) is None for name in ("mmseg", "mmengine", "mmcv")):
+        pytest.skip("mmsegmentation is absent: pip install --no-deps -r requirements-mmseg.lock")
+    from transfer.segmentation.mmseg_engine.operators import stand_in
+
+    stand_in()
+    import mmseg.models
+
+    return mmseg
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium."""
+    if chromium() is None:
+        pytest.skip("chromium is absent: reports are not looked at in a browser; apt-get install chromium")
+    with Browser(tmp_path_factory.mktemp("profile") / "new") as started:
+        yield started

@@ -319,6 +319,12 @@ def _robust(overrides: list[str], fs: FileSystem) -> None:
     robust(load_config(RobustConfig, None, overrides), fs=fs)
 
 
+def _cli(arguments: list[str], fs: FileSystem) -> int:
+    from tools.cli import app
+
+    return app(arguments, standalone_mode=False) or 0
+
+
 STAGES = {  # what can be killed, by its verb
     "pretrain": _pretrain,
     "classify": _classify,
@@ -327,6 +333,7 @@ STAGES = {  # what can be killed, by its verb
     "segment": _segment,
     "segment --eval": _evaluate_segmentor,
     "robust": _robust,
+    "cli": _cli,  # any command as it is typed, its verb first
 }
 
 

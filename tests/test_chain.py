@@ -320,6 +320,6 @@ def test_the_quick_demo_runs_every_stage_and_only_once(tmp_path: Path) -> None:
     ):
         assert expected in first.stdout
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert "not finished" not in page and page.count("data:image/png") > 5
+    assert "All are finished." in page and page.count("data:image/webp") == 6
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("(before, ") == 9

@@ -9,8 +9,9 @@ from PIL import Image
 from robustness.corruptions.apply import BENCHMARK, NAMES, SEVERITIES
 from robustness.dense import DenseModel
 from robustness.grid import Cell
+from robustness.published import PUBLISHED_COCO
 from robustness.reference import Reference
-from robustness.report import PUBLISHED_COCO, draw_heat_map, markdown
+from robustness.report import draw_heat_map, markdown
 from robustness.results import set_results
 from transfer.detection.coco_names import COCO_NAMES
 

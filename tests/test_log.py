@@ -1,9 +1,13 @@
 """What a run says: metrics that survive a restart, names that cannot break a line, pictures and curves."""
 
+import importlib.machinery
 import importlib.util
 import io
 import json
 import logging
+import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +107,19 @@ def test_wandb_without_its_package_is_told_before_the_run() -> None:
         with pytest.raises(ValueError, match=r"wandb is not installed; pip install"):
             LogConfig(wandb_project="x")
     assert LogConfig().wandb_project is None
+
+
+def test_wandb_is_given_an_id_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict] = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **arguments: given.append(arguments) or types.SimpleNamespace(finish=lambda: None)
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    names = ["photos_1.5-b", "a/b#?%:", "x" * 255, "y" * 255]
+    for name in names:
+        log = RunLog(tmp_path, LogConfig(tensorboard=False, wandb_project="p"))
+        log.open(0, name, {})
+        log.close()
+    ids = [one["id"] for one in given]
+    assert [one["name"] for one in given] == names and ids[0] == names[0] and len(set(ids)) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", id_) for id_ in ids)

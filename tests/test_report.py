@@ -65,7 +65,7 @@ def test_a_chain_is_told_from_the_first_image_to_the_last_figure(chain: Path) ->
     assert page.row("The whole story", "boxes")[2] == "box AP 39.00, mask AP 50.00"
     assert page.row("The whole story", "labels")[2] == "mIoU 40.25 %"
     assert page.row("The whole story", "corruptions")[2:4] == [
-        "top-1 error, % 68.50 under corruption (clean 40.00), 52.50 % kept", "run tuned",
+        "top-1 error 68.50 % under corruption (clean 40.00 %), 52.50 % kept", "run tuned",
     ]  # fmt: skip
     origin = page.row("Where each run comes from", "tuned")
     assert origin[1] == "sets/cifar10.tgz; 50,000 images to learn from, 5,000 to evaluate on"
@@ -166,7 +166,7 @@ def test_robustness_of_every_task_side_by_side(tmp_path: Path) -> None:
     assert len([caption for caption in page.tables if caption.startswith(("answers:", "boxes:", "labels:"))]) == 4
     assert page.row("Sweeps", "answers") == ["2", "5,000", "0:00:05", "2,000", "20.00", "CPU, 1 thread"]
     assert page.row("The whole story", "boxes")[2].startswith(
-        "box AP, % 25.20 under corruption (clean 40.00), 63.00 % kept"
+        "box AP 25.20 % under corruption (clean 40.00 %), 63.00 % kept"
     )
 
 
@@ -218,6 +218,25 @@ def test_kept_of_errors_is_that_of_accuracies(tmp_path: Path) -> None:
 
 
 # ---- side by side ---------------------------------------------------------------------------------------------------
+
+
+def test_the_most_frequent_confusions_of_a_segmentor(tmp_path: Path) -> None:
+    run = segmented(tmp_path / "run", names=("road", "sky", "<b>"))
+    counts = [[60, 40, 0], [5, 95, 0], [30, 0, 0]]
+    (run / "confusion.json").write_text(json.dumps({"rows_are_labels": counts}))
+    table = reported(run).tables["Most frequent confusions of run"]
+    assert table == [
+        ["true class", "taken for", "of its pixels, %", "of all pixels, %"],
+        ["road", "sky", "40.00", "17.39"], ["<b>", "road", "100.00", "13.04"], ["sky", "road", "5.00", "2.17"],
+    ]  # fmt: skip
+    for damaged in (counts[:2], [[1, 2], *counts[1:]], [[1, 2, -3], *counts[1:]], [["x", 2, 3], *counts[1:]], "x"):
+        (run / "confusion.json").write_text(json.dumps({"rows_are_labels": damaged}))
+        assert reported(run).said("run: confusion.json: no table of pixels, class by class")
+    (run / "confusion.json").write_text("{")
+    assert reported(run).said("run: confusion.json: no JSON from line 1")
+    (run / "confusion.json").write_text(json.dumps({"rows_are_labels": [[1, 0, 0], [0, 1, 0], [0, 0, 0]]}))
+    page = reported(run)
+    assert page.said("No pixel is of another class.") and len(page.tables["Most frequent confusions of run"]) == 1
 
 
 def test_two_methods_on_one_plot_and_what_the_teacher_costs(tmp_path: Path) -> None:
@@ -331,6 +350,13 @@ def test_a_constant_has_limits_of_its_own(value: float) -> None:
     assert drawn is not None and "nan" not in drawn.lines[0].path and drawn.y_ticks
 
 
+def test_ticks_of_what_is_nothing_or_next_to_nothing_can_be_read() -> None:
+    for values, ticks in (((0.0, 0.0), ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]), ((0.0, 1e-10), ["0", "2.5e−11"])):
+        drawn = chart("t", "x", [Series("a", 0, list(enumerate(values)))])
+        assert drawn is not None and [tick.text for tick in drawn.y_ticks][: len(ticks)] == ticks
+        assert all(len(tick.text) < 8 for tick in drawn.y_ticks)
+
+
 def test_thousands_of_points_become_means_of_neighbours() -> None:
     points = thinned([(i, float(i % 2)) for i in range(10_000)], 100)
     assert len(points) == 100 and all(y == 0.5 for _, y in points)
@@ -407,8 +433,8 @@ def test_real_runs_of_every_stage(tmp_path: Path, coco: Path, ade: Path, backbon
     table = {row[0]: row for row in page.tables["The whole story"][1:]}
     assert table["pretrain"][3].startswith("k-NN top-1 ") and table["classify"][3].startswith("top-1 ")
     assert table["detect"][3].startswith("box AP ") and table["segment"][3].startswith("mIoU ")
-    assert table["robust"][3].startswith("top-1 error, % ") and "mIoU, %" in table["robust_labels"][3]
-    assert table["robust_boxes"][3].startswith("box AP, % ") and "mask AP, %" in table["robust_boxes"][3]
+    assert table["robust"][3].startswith("top-1 error ") and "mIoU " in table["robust_labels"][3]
+    assert table["robust_boxes"][3].startswith("box AP ") and "mask AP " in table["robust_boxes"][3]
     assert table["robust_labels"][4] == "run segment" and table["robust_boxes"][4] == "run detect"
     assert [row[5] for row in table.values()] == ["done"] * 7
     assert {row[2] for row in page.tables["Flags and warnings"][1:]} <= {"–", UNCOMMITTED}

@@ -1,11 +1,10 @@
 """The report as a reader sees it: in headless Chromium, on a wide and on a narrow screen, light and dark, printed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.chromium import Browser, Page, chromium
+from tests.chromium import Browser, Page
 from tests.report_runs import classified, detected, picture, pretrained, segmented, swept
 from tools.report.page import write_report
 
@@ -73,14 +72,6 @@ def page_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return out.as_uri()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if chromium() is None:
-        pytest.skip("chromium is absent: the report is not looked at in a browser; apt-get install chromium")
-    with Browser(tmp_path_factory.mktemp("profile") / "new") as started:
-        yield started
-
-
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_is_whole_quiet_and_readable(browser: Browser, page_url: str, width: int, dark: bool) -> None:
@@ -91,7 +82,7 @@ def test_the_page_is_whole_quiet_and_readable(browser: Browser, page_url: str, w
         assert [url for url in seen.requests if not url.startswith("data:image/webp")] == [page_url]
         assert page.evaluate("innerWidth") == width
         assert page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") is dark
-        assert page.evaluate("document.querySelectorAll('table').length") == 19
+        assert page.evaluate("document.querySelectorAll('table').length") == 20
         pictures = page.evaluate(
             "[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
         )

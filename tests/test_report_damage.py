@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from robustness.corruptions.apply import SEVERITIES
+from robustness.corruptions.apply import BENCHMARK, SEVERITIES
 from tests.report_runs import (
     COMMIT,
     SPEED,
@@ -23,7 +23,8 @@ from tests.report_runs import (
     swept,
 )
 from tools.report.page import MAX_BYTES, build
-from tools.report.runs import find_runs
+from tools.report.runs import find_runs, read_run
+from tools.report.sweep_results import read_sweep
 
 # ---- missing and damaged --------------------------------------------------------------------------------------------
 
@@ -212,7 +213,8 @@ def test_a_hostile_name_of_a_run(tmp_path: Path) -> None:
         classified(tmp_path / name)
     page = reported(tmp_path / names[0], *[tmp_path / name for name in names[1:]])
     heads = [row[0] for row in page.tables["The whole story"][1:]]
-    assert heads[:4] == [names[0], '"><b>', "line\\nbreak", "\N{RAINBOW}"] and heads[4].startswith("y" * 200)
+    assert heads[:4] == [names[0], '"><b>', "line\\nbreak", "\N{RAINBOW}"]
+    assert heads[4] == f"{'y' * 32}…{'y' * 31}" and page.text.count("y" * 255) == 1
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------
@@ -254,3 +256,18 @@ def test_a_sweep_of_a_thousand_invented_sets_and_corruptions_is_below_the_limit(
         swept(tmp_path / f"{i:02d}-{'z' * 200}", figures=figures)
     page = build(find_runs([tmp_path], 24), max_bytes=MAX_BYTES // 4)
     assert len(parsed(page).tables) > 60
+
+
+def test_what_a_page_cannot_hold_of_a_sweep_is_told(tmp_path: Path) -> None:
+    figures = {f"set{i:02d}/{BENCHMARK[0]}/1/error_pct": 50.0 for i in range(12)}
+    figures |= {f"set00/own{j:02d}/1/error_pct": 50.0 for j in range(36)}
+    figures |= {f"set01/{BENCHMARK[0]}/1/unit{k}": 50.0 for k in range(4)}
+    run = swept(tmp_path / "sweep", name="set00", figures=figures)
+    results = json.loads((run / "results.json").read_text())
+    results["refused"] = {f"set00/f{i}": "why" for i in range(30)}
+    (run / "results.json").write_text(json.dumps(results))
+    page = reported(run)
+    assert page.said("sweep: 2 sets LEFT OUT, a page holds 10: set10, set11")
+    assert page.said("sweep: set00: 21 corruptions LEFT OUT, a page holds 30: own15, own16, own17, own18, own19, ...")
+    assert page.said("sweep: set01: 2 units LEFT OUT, a page holds 3: unit2, unit3") and page.said("6 more figures.")
+    assert read_sweep(read_run(swept(tmp_path / "usual"))).notes == []

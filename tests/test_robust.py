@@ -28,7 +28,8 @@ from robustness.corruptions.digital import jpeg_step
 from robustness.evaluation import Images, Reading
 from robustness.grid import Cell
 from robustness.imagenet_sets import Decoded, columns_of, imagenet_synsets, real_labels, subset_synsets
-from robustness.report import PUBLISHED, draw_heat_map, markdown
+from robustness.published import PUBLISHED
+from robustness.report import draw_heat_map, markdown
 from robustness.results import set_results
 from robustness.run import dry_run, robust
 from robustness.scores import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS

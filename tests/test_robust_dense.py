@@ -6,8 +6,9 @@ and corruptions have something to take away.
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from core.config import load_config
 from core.distributed import Processes
 from core.errors import CheckpointError, ConfigError, DataError, RcmaeError
 from core.loader import eval_loader
+from core.plots import plot
 from core.vit import ViT, ViTConfig
 from robustness.corruptions.apply import corrupt
 from robustness.dense import AT_ONCE, CorruptingReader
@@ -322,9 +324,12 @@ def test_a_sample_is_marked_everywhere(
     kind: str, subjects: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles = []
-    monkeypatch.setattr(
-        "robustness.report.plot", lambda path, size, title: titles.append(title) or _real_plot(path, size, title)
-    )
+
+    def told(path: Path, size: tuple[float, float], title: str, notes: Sequence[str]) -> Any:
+        titles.append(" ".join([title, *notes]))
+        return plot(path, size, title, notes)
+
+    monkeypatch.setattr("robustness.report.plot", told)
     whole = swept(subjects[kind], tmp_path / "whole")
     some = swept(subjects[kind], tmp_path / "some", sample=3, seed=1)
     words = "a development SAMPLE of 3 of 5 images drawn by seed 1"
@@ -340,12 +345,6 @@ def test_a_sample_is_marked_everywhere(
     assert not stamps(tmp_path / "some").keys() & stamps(tmp_path / "whole").keys()
     with pytest.raises(ConfigError, match="holds a run with another sample: 3 -> 4"):
         swept(subjects[kind], tmp_path / "some", sample=4, seed=1)
-
-
-def _real_plot(path: Path, size: tuple[float, float], title: str) -> object:
-    from core.plots import plot
-
-    return plot(path, size, title)
 
 
 def test_the_seed_draws_the_sample_and_its_images_are_corrupted_as_in_the_whole(subjects: dict, tmp_path: Path) -> None:

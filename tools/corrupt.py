@@ -171,7 +171,6 @@ def _save_sheet(target: Path, sheet: np.ndarray, title: str) -> None:
     height, width = sheet.shape[0] + top + edge, sheet.shape[1] + left + edge
     with plot(target, (width / DPI, height / DPI), title) as figure:
         place = (left / width, edge / height, sheet.shape[1] / width, sheet.shape[0] / height)
-        figure.suptitle(title, y=1 - 20 / height, fontsize=11)
         axes = figure.add_axes(place, frame_on=False)
         axes.imshow(sheet, interpolation="nearest", aspect="auto")
         group_of = {name: group for group, names in GROUPS.items() for name in names}

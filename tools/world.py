@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from core.files import beside
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring", "hexagon", "crescent", "arrow", "diamond")
 
@@ -82,7 +83,7 @@ def draw_world(
     world: dict[str, object] = {"drawing": DRAWING, **arguments, "kinds": list(KINDS)}
     if _is_drawn(root, world):
         return
-    partial = root.absolute().with_name(f".{root.absolute().name}.partial-{os.getpid()}")
+    partial = beside(root.absolute(), "tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for split, num_images in ((TRAIN, num_train), (VAL, num_val)):

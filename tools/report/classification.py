@@ -17,7 +17,7 @@ from tools.report.comparison import (
     side_by_side,
     warning_notes,
 )
-from tools.report.formats import count, four, percent, seconds, shown_by
+from tools.report.formats import count, four, percent, seconds, several, shown_by
 from tools.report.measured import curves, grouped, set_name, training_seconds
 from tools.report.pictures import Album, sorted_out
 from tools.report.published import beside
@@ -119,10 +119,13 @@ def _knn(runs: Sequence[Run]) -> list[Block]:
     for (feature, k, top), name in sorted(keys.items(), key=lambda entry: (entry[0][2], entry[0][0], int(entry[0][1]))):
         cells = compared([run.figures.get(name) for run in runs], percent, True, alike)
         rows.append(Row(f"k = {int(k):,}, {_FEATURES[feature]}", cells, group=f"top-{top}, %"))
+    notes = warning_notes(runs)
+    if len(rows) > MAX_KNN_ROWS:
+        notes.append(f"{several(len(rows) - MAX_KNN_ROWS, 'more row')} left out; summary.json holds all.")
     rows = rows[:MAX_KNN_ROWS]
     evaluated = [Cell(shown_by(count, run.eval_images)) for run in runs]
     rows.append(Row("evaluation images", evaluated, group="protocol"))
     rows.append(Row("start from", [Cell(_start(run), words=True) for run in runs], group="protocol"))
     rows.append(Row("read with", [Cell(read_with(run), words=True) for run in runs], group="protocol"))
-    table = Table(title, [run.name for run in runs], rows, warning_notes(runs), corner="k and feature")
+    table = Table(title, [run.name for run in runs], rows, notes, corner="k and feature")
     return [table, *beside(runs)]

@@ -3,21 +3,25 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.report.blocks import Block, Gallery, Notes, Section
+import numpy as np
+
+from tools.report.blocks import Block, Cell, Gallery, Notes, Row, Section, Table
 from tools.report.comparison import (
     Measure,
     alike_to_first,
     by_class,
     by_name,
+    class_names,
     class_rows,
     figure,
     other_evaluation,
     side_by_side,
 )
-from tools.report.formats import count, fraction, number, percent, seconds
+from tools.report.formats import count, fraction, number, percent, seconds, text
 from tools.report.measured import curves, data_name, grouped, set_name, training_seconds
 from tools.report.pictures import Album, sorted_out
 from tools.report.published import beside
+from tools.report.reading import read_json
 from tools.report.runs import Run
 
 _AP = {
@@ -25,6 +29,7 @@ _AP = {
     "ap_large": "AP, large", "ar1": "AR, 1 per image", "ar10": "AR, 10 per image", "ar100": "AR, 100 per image",
     "ar_small": "AR, small", "ar_medium": "AR, medium", "ar_large": "AR, large",
 }  # fmt: skip
+MAX_CONFUSIONS = 8  # pairs of classes in a table
 
 
 def detection(runs: Sequence[Run], album: Album) -> Section | None:
@@ -123,6 +128,7 @@ def _segmented(runs: Sequence[Run], album: Album) -> list[Block]:
         table
         or Notes(f"IoU by class: {title}", ["results.json holds no table by class yet; it is written at the end."])
     )
+    blocks += _confused(runs, title)
     blocks.append(_gallery(runs, "labels", f"Validation images, predictions and truth: {title}", album))
     blocks += curves(
         runs,
@@ -131,6 +137,49 @@ def _segmented(runs: Sequence[Run], album: Album) -> list[Block]:
     )
     blocks += beside(runs)
     return blocks
+
+
+def _confused(runs: Sequence[Run], title: str) -> list[Block]:
+    """Of each run the pairs of classes that most pixels were mixed up of."""
+    blocks: list[Block] = []
+    missing = []
+    for run in runs:
+        content, fault = read_json(run.path / "confusion.json")
+        names = [text(name, 80) for name in class_names(run)]
+        pixels = _square(content.get("rows_are_labels"), len(names))  # [K, K], rows are the true classes
+        if pixels is None:
+            missing.append(f"{run.name}: confusion.json: {fault or 'no table of pixels, class by class'}")
+            continue
+        wrong = pixels * (1 - np.eye(len(names)))
+        pairs = [divmod(int(place), len(names)) for place in np.argsort(-wrong, axis=None, kind="stable")]
+        rows = [
+            Row(
+                names[true],
+                [
+                    Cell(names[taken], words=True),
+                    Cell(fraction(wrong[true, taken] / pixels[true].sum())),
+                    Cell(fraction(wrong[true, taken] / pixels.sum())),
+                ],
+            )
+            for true, taken in pairs[:MAX_CONFUSIONS]
+            if wrong[true, taken] > 0
+        ]
+        columns = ["taken for", "of its pixels, %", "of all pixels, %"]
+        notes = ["By the number of pixels; confusion.json holds all."] if rows else ["No pixel is of another class."]
+        blocks.append(Table(f"Most frequent confusions of {run.name}", columns, rows, notes, corner="true class"))
+    return [*blocks, Notes(f"Confusions: {title}", missing)] if missing else blocks
+
+
+def _square(stored: Any, size: int) -> np.ndarray | None:
+    """A table of counts as [size, size]; None for anything else."""
+    if not isinstance(stored, list) or len(stored) != size or size == 0:
+        return None
+    if not all(isinstance(row, list) and len(row) == size for row in stored):
+        return None
+    values = [[number(value) for value in row] for row in stored]
+    if any(value is None or value < 0 for row in values for value in row):
+        return None
+    return np.array(values, dtype=float)
 
 
 def _gallery(runs: Sequence[Run], name: str, title: str, album: Album) -> Gallery:

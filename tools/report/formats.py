@@ -13,11 +13,13 @@ MAX_TEXT = 280  # characters of one foreign text
 
 
 def text(value: Any, most: int = MAX_TEXT) -> str:
-    """Foreign text as one printable line of a bearable length; other values as JSON has them."""
+    """Foreign text as one printable line of a bearable length, cut in its middle; other values as JSON has them."""
     if value is None:
         return "unknown"
     line = shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return line if len(line) <= most else f"{line[: most - 1]}… ({len(line):,} characters)"
+    if not line.strip():
+        return f'"{line}"'  # a name of nothing but spaces
+    return line if len(line) <= most else f"{shown(line, most)} ({len(line):,} characters)"
 
 
 def number(value: Any) -> float | None:

@@ -144,6 +144,8 @@ _Scale = _Linear | _Log
 def _padded(low: float, high: float, share: float, least: float, from_zero: bool = False) -> tuple[float, float]:
     """Limits that leave room, and that are apart even for a constant."""
     largest = max(abs(low), abs(high))
+    if largest == least == 0:
+        return 0.0, 1.0
     apart = high - low > 1e-6 * largest
     span = max(high - low if apart else 0.2 * largest, least, 1e-12)
     if high - low < span:
@@ -158,10 +160,12 @@ def _tick_text(value: float, step: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size and step >= size / 1000:
             return f"{value / size:.4g}{letter}".replace("-", "−")
+    if step < 1e-6:
+        return f"{value:.3g}".replace("-", "−")
     decimals = max(0, math.ceil(-math.log10(step) - 1e-9))
     if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:  # steps like 2.5
         decimals += 1
-    return f"{value:.{min(decimals, 9)}f}".replace("-", "−")
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from core.errors import shown
 from tools.report.blocks import DASH, Block, Cell, Notes, Row, Section, Table, Unfolded
 from tools.report.formats import count, seconds, several, text
 from tools.report.measured import threads_text, training_seconds, vit_text
-from tools.report.runs import ORDER, STAGES, Run, in_order, inside, maker_of
+from tools.report.runs import MAX_NAME, ORDER, STAGES, Run, in_order, inside, maker_of
 from tools.report.sweeps import flag_lines
 
 MAX_DIFFERENCES = 60  # keys of a table of configurations
@@ -22,8 +23,10 @@ def provenance(runs: Sequence[Run]) -> Section:
     columns = ["stage", "data", "starts from", "model", "code", "machine", "time"]
     notes = [
         "On the clock: from the first line of the log to the last, interruptions included. Of training: from the "
-        "logged rates, without evaluations."
+        "logged rates, without evaluations.",
     ]
+    if any(len(shown(run.path.name)) > MAX_NAME for run in ordered):
+        notes.append("Long names are cut in their middle; each configuration at the end begins with the whole folder.")
     blocks: list[Block] = [Table("Where each run comes from", columns, rows, notes, corner="run", cards=True)]
     said = []
     for run in ordered:
@@ -141,7 +144,8 @@ def configurations(runs: Sequence[Run], whole: bool) -> Section:
         body = "\n".join(lines)
         if len(body) > MAX_CONFIG_CHARS:
             body = f"{body[:MAX_CONFIG_CHARS]}\n... {len(body):,} characters in all; config.yaml holds the rest"
-        blocks.append(Unfolded(f"{run.name}: command and configuration", f"{text(said, 4000)}\n\n{body}"))
+        whole_text = f"{text(str(run.path), 4000)}\n{text(said, 4000)}\n\n{body}"
+        blocks.append(Unfolded(f"{run.name}: folder, command and configuration", whole_text))
     return Section("configurations", "Configurations", blocks)
 
 

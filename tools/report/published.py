@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from robustness.report import COCO_VAL_IMAGES, COLUMNS, PUBLISHED, PUBLISHED_COCO
+from robustness.published import COLUMNS, PUBLISHED, PUBLISHED_COCO, unlike_published, unlike_published_coco
 from tools.report.blocks import DASH, Block, Cell, Notes, Row, Table
 from tools.report.comparison import class_names
 from tools.report.formats import number, percent, several, shown_by
@@ -32,9 +32,6 @@ SOURCES = {  # the only addresses that a report links to, by the beginning of a 
 }
 SIZES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}  # width and depth of the published ViTs
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-SET_IMAGES = {  # of the whole sets that robustness figures were published on
-    "imagenet_val": 50000, "imagenet_c": 50000, "imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,19 @@ class Published:
 
 _MAE, _RC, _PAPER = "MAE README, FINETUNE.md", "RC-MAE README", "arXiv 2210.02077v1, table of mask types"
 _VITDET = "detectron2 projects/ViTDet/README.md"
+_TOP1 = {row.model: (str(row.val_top1),) for row in PUBLISHED}  # of the models that robustness is published of
 FINETUNED = (
-    Published("MAE ViT-B, released model", "B", (100,), ("83.664",), _MAE),
+    Published("MAE ViT-B, released model", "B", (100,), _TOP1["MAE ViT-B"], _MAE),
     Published("MAE ViT-B, four seeds", "B", (100,), ("83.57 ± 0.08",), _MAE),
-    Published("MAE ViT-L, released model", "L", (50,), ("85.952",), _MAE),
+    Published("MAE ViT-L, released model", "L", (50,), _TOP1["MAE ViT-L"], _MAE),
     Published("MAE ViT-L, four seeds", "L", (50,), ("85.87 ± 0.07",), _MAE),
-    Published("MAE ViT-H, released model", "H", (50,), ("86.928",), _MAE),
+    Published("MAE ViT-H, released model", "H", (50,), _TOP1["MAE ViT-H"], _MAE),
     Published("MAE ViT-S, run again by RC-MAE's authors", "S", (200, 300), ("81.8",), _RC),
     Published("MAE ViT-B, run again by RC-MAE's authors", "B", (100,), ("83.4",), _RC),
     Published("MAE ViT-L, run again by RC-MAE's authors", "L", (50,), ("85.5",), _RC),
-    Published("RC-MAE ViT-S", "S", (200, 300), ("82.0",), _RC),
-    Published("RC-MAE ViT-B", "B", (100,), ("83.6",), _RC),
-    Published("RC-MAE ViT-L", "L", (50,), ("86.1",), _RC),
+    Published("RC-MAE ViT-S", "S", (200, 300), _TOP1["RC-MAE ViT-S"], _RC),
+    Published("RC-MAE ViT-B", "B", (100,), _TOP1["RC-MAE ViT-B"], _RC),
+    Published("RC-MAE ViT-L", "L", (50,), _TOP1["RC-MAE ViT-L"], _RC),
 )
 PROBED = (
     Published("MAE ViT-B", "B", (90,), ("67.8",), _MAE),
@@ -263,7 +261,7 @@ def beside_sweep(name: str, sets: Mapping[str, SweptSet]) -> Table | str:
         found = sets.get(set_name)
         if found is None or key not in found.figures:
             continue
-        reasons = list(_unlike_published(set_name, found.flags))
+        reasons = list(unlike_published(set_name, found.flags))
         if reasons:
             why_not.append(f"{title}: {'; '.join(reasons)}")
         else:
@@ -282,15 +280,6 @@ def beside_sweep(name: str, sets: Mapping[str, SweptSet]) -> Table | str:
     return Table(f"Published rows beside {name}", titles, table, [note, *why_not])
 
 
-def _unlike_published(set_name: str, flags: Mapping[str, object]) -> Iterator[str]:
-    if flags.get("subset") is not False or flags.get("images") != SET_IMAGES[set_name]:
-        yield f"{_plain(flags.get('images'))} images, published on {SET_IMAGES[set_name]:,}"
-    if flags.get("img_size") != "224x224":
-        yield f"images of {_plain(flags.get('img_size'))} px, published at 224"
-    if flags.get("transform") == "official":
-        yield "the sets' own transform, published with the model's"
-
-
 def beside_corrupted_coco(name: str, swept: SweptSet, detector: Run | None) -> Table | str:
     """mPC and rPC of published detectors beside a sweep over corrupted COCO, or why there are none.
 
@@ -298,17 +287,13 @@ def beside_corrupted_coco(name: str, swept: SweptSet, detector: Run | None) -> T
         detector: the run that made the model; a sweep does not tell its classes.
     """
     why_not = []
-    flags = swept.flags
     if not swept.whole_benchmark:
         why_not.append("not all of the 15 corruptions at five severities")
-    if flags.get("subset") is not False or flags.get("images") != COCO_VAL_IMAGES:
-        why_not.append(f"{_plain(flags.get('images'))} images, published on the 5,000 of COCO val2017")
-    if flags.get("definition") != "imagecorruptions" or flags.get("jpeg_step") is not False:
-        why_not.append("corruptions of another definition than imagecorruptions without a JPEG step")
-    if flags.get("corrupt") != "decoded":
-        why_not.append("not corrupted on the decoded image")
-    if detector is None or class_names(detector) != COCO_NAMES:
+    why_not += unlike_published_coco(swept.flags)
+    if detector is None:
         why_not.append("that the detector is one of COCO's eighty classes is not known: its run is not in this report")
+    elif (names := class_names(detector)) != COCO_NAMES:
+        why_not.append("its detector: " + _other_classes(names, "COCO's eighty"))
     if why_not:
         return f"{name}: its protocol is another one: {'; '.join(why_not)}."
     own = (swept.clean, swept.mean, swept.kept)

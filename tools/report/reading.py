@@ -25,37 +25,35 @@ _PICTURE = re.compile(r"(.+)_(\d{7,12})\.png", re.DOTALL)
 
 def read_json(path: Path) -> tuple[Json, str]:
     """The object that a JSON file holds, and "" or why there is none."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            return {}, f"{size / 2**20:,.0f} MiB, more than a report reads"
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}, NOT_THERE
-    except OSError as error:
-        return {}, shown(error.strerror or "cannot be read")
-    except json.JSONDecodeError as error:
-        return {}, f"no JSON from line {error.lineno}, column {error.colno} on; cut off or damaged"
-    except (ValueError, RecursionError):
-        return {}, "no JSON; damaged"
-    if not isinstance(content, dict):
-        return {}, "holds something else than figures by name"
-    return content, "" if content else "holds nothing"
+    content, fault = _parsed(path)
+    if not fault and not isinstance(content, dict):
+        fault = "holds something else than figures by name"
+    return ({}, fault) if fault else (content, "" if content else "holds nothing")
 
 
 def read_list(path: Path) -> tuple[list[Json], str]:
     """The objects that a JSON list holds, and "" or why there are none."""
+    content, fault = _parsed(path)
+    if not fault and not isinstance(content, list):
+        fault = "holds no list"
+    return ([], fault) if fault else ([entry for entry in content if isinstance(entry, dict)], "")
+
+
+def _parsed(path: Path) -> tuple[Any, str]:
+    """What a JSON file holds, and "" or why it cannot be read."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            return [], "larger than a report reads"
-        content = json.loads(path.read_bytes())
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            return None, f"{size / 2**20:,.0f} MiB, more than a report reads"
+        return json.loads(path.read_bytes()), ""
     except FileNotFoundError:
-        return [], NOT_THERE
-    except (OSError, ValueError, RecursionError):
-        return [], "no JSON; cut off or damaged"
-    if not isinstance(content, list):
-        return [], "holds no list"
-    return [entry for entry in content if isinstance(entry, dict)], ""
+        return None, NOT_THERE
+    except OSError as error:
+        return None, shown(error.strerror or "cannot be read")
+    except json.JSONDecodeError as error:
+        return None, f"no JSON from line {error.lineno}, column {error.colno} on; cut off or damaged"
+    except (ValueError, RecursionError):
+        return None, "no JSON; damaged"
 
 
 def read_config(path: Path) -> tuple[Json, str]:

@@ -46,6 +46,7 @@ STAGES: dict[Kind, str] = {
     "pretrain": "pretraining", "classify": "classification", "detect": "detection", "segment": "segmentation",
     "robust": "robustness", "unknown": "unknown",
 }  # fmt: skip
+MAX_NAME = 64  # characters of a run's name, which stands in every table; its folder is named in full once
 ORDER: tuple[Kind, ...] = ("pretrain", "classify", "detect", "segment", "robust", "unknown")
 METHODS = {"mae": "MAE", "rc_mae": "RC-MAE", "rc_mae_own_mask": "RC-MAE, the teacher with a mask of its own"}
 
@@ -55,7 +56,7 @@ class Run:
     """One run directory.
 
     Attributes:
-        name: of the folder, unlike that of any other run of the report; foreign text.
+        name: of the folder, shortened, unlike that of any other run of the report; foreign text.
         config, env, summary, results, manifest, exported: contents of its JSON and YAML, {} where there is none.
         rows: of metrics.jsonl. cells: of a sweep. pictures: by name, each (step, path).
         faults: by file name, why it could not be read, or only in part.
@@ -322,7 +323,7 @@ def read_run(path: Path) -> Run:
         expected = (*expected, "cells/")
     return Run(
         path=path,
-        name=text(_name(path)),
+        name=shown(_name(path), MAX_NAME),
         kind=kind,
         config=config,
         env=read["env.json"][0],
@@ -361,7 +362,7 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         name = run.name
         if name in doubled:
-            name = text(f"{run.path.resolve().parent.name}/{_name(run.path)}")
+            name = f"{shown(run.path.resolve().parent.name, MAX_NAME // 2)}/{run.name}"
         tries = 2
         while name in used:
             name = f"{run.name} ({tries})"

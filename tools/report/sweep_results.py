@@ -12,7 +12,7 @@ from robustness.corruptions.apply import BENCHMARK, NAMES, SEVERITIES
 from robustness.grid import CLEAN
 from robustness.report import UNITS, Unit
 from tools.report.comparison import by_name
-from tools.report.formats import number, text
+from tools.report.formats import number, several, text
 from tools.report.reading import Json
 from tools.report.runs import Run, inside
 
@@ -22,6 +22,8 @@ _PROTOCOL = ("model", "data", "images", "seed")  # of a cell: figures of others 
 _HOW = ("definition", "corrupt", "jpeg_step", "draws")  # among its flags
 
 MAX_SETS, MAX_CORRUPTIONS, MAX_UNITS = 10, 30, 3  # of one sweep; what is beyond is no benchmark of this suite
+
+MAX_NAMED = 5  # of those that are left out
 
 Grid = Mapping[str, Mapping[int, float]]
 
@@ -94,9 +96,11 @@ class Sweep:
 def read_sweep(run: Run) -> Sweep:
     """What a sweep found, as far as it came."""
     if run.results:
-        return Sweep(run, _from_results(run.results), list(_notes(run.results)))
+        sets, left_out = _from_results(run.results)
+        return Sweep(run, sets, [*left_out, *_notes(run.results)])
     cells, notes = _of_one_protocol(run.cells)
-    return Sweep(run, _from_results(_as_results(cells)), notes)
+    sets, left_out = _from_results(_as_results(cells))
+    return Sweep(run, sets, [*left_out, *notes])
 
 
 def _notes(results: Json) -> Iterator[str]:
@@ -110,7 +114,8 @@ def _notes(results: Json) -> Iterator[str]:
         yield f"its cells are of {len(commits)} commits: {', '.join(text(commit, 60)[:12] for commit in commits[:6])}"
 
 
-def _from_results(results: Json) -> list[SweptSet]:
+def _from_results(results: Json) -> tuple[list[SweptSet], list[str]]:
+    """The sets of a sweep, and what of them is too much for a page."""
     figures = by_name(results.get("figures"))
     flags = results.get("flags")
     flags = flags if isinstance(flags, dict) else {}
@@ -130,18 +135,31 @@ def _from_results(results: Json) -> list[SweptSet]:
         elif name.count("/") == 1:
             whole.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = value
     sets: list[SweptSet] = []
-    for name in list(dict.fromkeys([*flags, *whole, *(name for name, _ in grids)]))[:MAX_SETS]:
+    names = list(dict.fromkeys([*flags, *whole, *(name for name, _ in grids)]))
+    left_out = _left_out(names, MAX_SETS, "set")
+    for name in names[:MAX_SETS]:
         own = {key.partition("/")[2]: why for key, why in refused.items() if key.partition("/")[0] == name}
         own_flags = flags.get(name) if isinstance(flags.get(name), dict) else {}
         units = [unit for set_name, unit in grids if set_name == name]
+        left_out += _left_out(units, MAX_UNITS, "unit", f"{text(name, 80)}: ")
         for unit in units[:MAX_UNITS] or [""]:
-            rows = sorted(grids.get((name, unit), {}).items(), key=_order)[:MAX_CORRUPTIONS]
-            grid = {corruption: dict(sorted(row.items())) for corruption, row in rows}
+            rows = sorted(grids.get((name, unit), {}).items(), key=_order)
+            left_out += _left_out([one for one, _ in rows], MAX_CORRUPTIONS, "corruption", f"{text(name, 80)}: ")
+            grid = {corruption: dict(sorted(row.items())) for corruption, row in rows[:MAX_CORRUPTIONS]}
             clean = _clean(figures, name, unit)
             sets.append(
                 SweptSet(name, unit, grid, clean, whole.get(name, {}), own_flags or {}, own, each.get(name, {}))
             )
-    return sets
+    return sets, list(dict.fromkeys(left_out))
+
+
+def _left_out(names: Sequence[str], most: int, what: str, where: str = "") -> list[str]:
+    """A line on those beyond the most; none where there are no more."""
+    if len(names) <= most:
+        return []
+    some = ", ".join(text(name, 40) for name in names[most : most + MAX_NAMED])
+    more = ", ..." if len(names) > most + MAX_NAMED else ""
+    return [f"{where}{several(len(names) - most, what)} LEFT OUT, a page holds {most}: {some}{more}"]
 
 
 def _order(entry: tuple[str, Any]) -> tuple[int, str]:

@@ -50,7 +50,9 @@ def robustness(runs: Sequence[Run], others: Sequence[Run]) -> Section | None:
         for key, why in one.refused.items()
     ]
     if refused:
-        blocks.append(Notes("Figures that are not given", list(dict.fromkeys(refused))[:MAX_REFUSED]))
+        told = list(dict.fromkeys(refused))
+        more = [f"{several(len(told) - MAX_REFUSED, 'more figure')}."] if len(told) > MAX_REFUSED else []
+        blocks.append(Notes("Figures that are not given", [*told[:MAX_REFUSED], *more]))
     blocks += _published(sweeps, others)
     lead = (
         "Every figure is of the model as it was, without training on corrupted images. The mean of AP or mIoU over the "
@@ -65,12 +67,13 @@ def headline(run: Run) -> str:
     found = []
     for one in read_sweep(run).sets:
         if one.mean is not None:
-            clean = f" (clean {_value(one, one.clean)})" if one.clean is not None else ""
+            title, _, unit = unit_of(one.unit).caption.partition(", ")  # top-1 error, %
+            mean, clean_figure = (f"{_value(one, value)} {unit}".rstrip() for value in (one.mean, one.clean))
+            clean = f" (clean {clean_figure})" if one.clean is not None else ""
             mce = one.figures.get("mce_pct")
             mce_text = f", mCE {mce:.1f} %" if mce is not None else ""
             kept = f", {percent(one.kept)} % kept" if one.kept is not None else ""
-            what = unit_of(one.unit).caption
-            found.append(f"{what} {_value(one, one.mean)} under corruption{clean}{kept}{mce_text}")
+            found.append(f"{title} {mean} under corruption{clean}{kept}{mce_text}")
         elif one.figures.get("top1_pct") is not None:
             found.append(f"{_title(one.name)} top-1 {percent(one.figures['top1_pct'] or 0)} %")
     return "; ".join(found[:4])

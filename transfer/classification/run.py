@@ -327,11 +327,11 @@ def _draw_confusion(confusion: np.ndarray, classes: tuple[str, ...], path: Path,
     """Shares of each true class by predicted class, with the percentages where they can be read."""
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.42 * len(classes)
-    with plot(path, (side, side), f"{title}: predicted class, % of the true one") as figure:
+    with plot(path, (side, side), title, ("predicted class, % of the true",)) as figure:
         figure.set_layout_engine("constrained")
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        names = [shown(name)[:20] for name in classes]
+        names = [shown(name, 20) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlabel("predicted")

@@ -10,6 +10,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from core.errors import shown
 from transfer.detection.inference import Detections
 
+NAME_CHARACTERS = 40
 MASKS_AT_ONCE = 8  # a hundred masks of a large photograph are gigabytes
 COLOURS = (
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
@@ -31,7 +32,7 @@ def draw_detections(image: Tensor, found: Detections, names: Sequence[str], min_
         colours = [COLOURS[labels[row] % len(COLOURS)] for row in chosen.tolist()]
         picture = draw_segmentation_masks(picture, shapes, alpha=0.45, colors=colours)
     if len(rows):
-        texts = [f"{shown(names[labels[row]])} {found.scores[row]:.2f}" for row in rows.tolist()]
+        texts = [f"{shown(names[labels[row]], NAME_CHARACTERS)} {found.scores[row]:.2f}" for row in rows.tolist()]
         colours = [COLOURS[labels[row] % len(COLOURS)] for row in rows.tolist()]
         width = max(1, max(image.shape[1:]) // 400)
         inks = ["black" if sum(colour) > 380 else "white" for colour in colours]  # of 765

@@ -48,7 +48,7 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> Tensor:
     Returns: uint8 [3, h, w] on white; h is 0 where there is no class to name.
     """
     font = ImageFont.load_default(size=TEXT_PX)
-    names = [shown(classes.names[index])[:NAME_CHARACTERS] for index in present]
+    names = [shown(classes.names[index], NAME_CHARACTERS) for index in present]
     cell = LINE_PX + 3 * GAP_PX + max((int(font.getlength(name)) + 1 for name in names), default=0)
     columns = max(1, width // cell)
     lines = -(-len(names) // columns)
@@ -87,9 +87,9 @@ def contact_sheet(titles: Sequence[str], rows: Sequence[Sequence[Tensor]], side:
     Returns: uint8 [3, H, W] on white.
     """
     cells = [[_shrunk(picture, side) for picture in row] for row in rows]
-    widths = [max(row[column].shape[2] for row in cells) for column in range(len(titles))]
-    heading = [_title(title, width) for title, width in zip(titles, widths, strict=True)]
-    return below([beside(heading, widths), *(beside(row, widths) for row in cells)])
+    heading = [_title(title) for title in titles]
+    widths = [max(picture.shape[2] for picture in column) for column in zip(heading, *cells, strict=True)]
+    return below([beside(row, widths) for row in (heading, *cells)])
 
 
 def below(pictures: Sequence[Tensor]) -> Tensor:
@@ -123,7 +123,8 @@ def _shrunk(picture: Tensor, side: int) -> Tensor:
     return VF.resize(picture, [max(1, round(H * factor)), max(1, round(W * factor))], antialias=True)
 
 
-def _title(text: str, width: int) -> Tensor:
-    sheet = Image.new("RGB", (width, LINE_PX), "white")
-    ImageDraw.Draw(sheet).text((0, 0), text, fill="black", font=ImageFont.load_default(size=TEXT_PX))
+def _title(text: str) -> Tensor:
+    font = ImageFont.load_default(size=TEXT_PX)
+    sheet = Image.new("RGB", (int(font.getlength(text)) + 1, LINE_PX), "white")
+    ImageDraw.Draw(sheet).text((0, 0), text, fill="black", font=font)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

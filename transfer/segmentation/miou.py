@@ -11,6 +11,8 @@ from torch import Tensor
 
 from core.errors import shown
 
+NAME_CHARACTERS = 40  # of a class in a table
+
 
 @dataclass(frozen=True)
 class SegmentationScores:
@@ -32,12 +34,11 @@ class SegmentationScores:
 
     def table(self, names: Sequence[str]) -> list[str]:
         """One line per class, in their order; a dash where a score is not defined."""
-        width = max(len(shown(name)) for name in names)
-        rows = zip(names, self.iou.tolist(), self.acc.tolist(), self.pixels.tolist(), strict=True)
+        told = [shown(name, NAME_CHARACTERS) for name in names]
+        width = max(map(len, told))
+        rows = zip(told, self.iou.tolist(), self.acc.tolist(), self.pixels.tolist(), strict=True)
         lines = [f"{'class':{width}}  {'IoU %':>6}  {'acc %':>6}  {'pixels':>12}"]
-        return lines + [
-            f"{shown(name):{width}}  {_pct(iou)}  {_pct(acc)}  {pixels:12,}" for name, iou, acc, pixels in rows
-        ]
+        return lines + [f"{name:{width}}  {_pct(iou)}  {_pct(acc)}  {pixels:12,}" for name, iou, acc, pixels in rows]
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
