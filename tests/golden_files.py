@@ -1,23 +1,13 @@
-"""Reads the reference results in ../shared/golden."""
+"""What the tests ask of comparisons with reference results, which `rcmae verify` makes too."""
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-Golden = dict[str, Tensor]
+from tools.verify.measure import Measure
 
 
-def read_golden(shared: Path, stem: str) -> tuple[Golden, dict[str, Any]]:
-    """Tensors of a file (float16 as float32) and its metadata."""
-    with safe_open(shared / "golden" / f"{stem}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  a file, not a dictionary
-        meta = json.loads(file.metadata()["golden"])
-    return {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}, meta
-
-
-def part(golden: Golden, prefix: str) -> Golden:
-    return {key.removeprefix(prefix): tensor for key, tensor in golden.items() if key.startswith(prefix)}
+def require(measures: Iterable[Measure]) -> None:
+    """Every comparison within its tolerance, and at least one."""
+    found = list(measures)
+    assert found, "nothing was compared"
+    failed = [f"{m.what}: {m.difference:.3g} > {m.tolerance:g}" for m in found if not m.passes]
+    assert not failed, "; ".join(failed)

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from core.config import load_config
 from core.errors import ConfigError
-from tests.detection_golden import fixed_permutation
 from tests.test_detection_model import tiny_detector, tiny_images
 from tests.tiny import tiny_detection
 from tools.bench_coco_eval import made_up_set
 from tools.bench_detect import as_plain, made_up_batch
 from tools.cli import app
+from tools.verify.detection_reference import fixed_permutation
 from transfer.detection.settings import DetectConfig
 
 

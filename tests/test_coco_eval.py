@@ -1,19 +1,14 @@
 """COCO's figures: golden ones, pycocotools' own on real annotations, and both engines on whatever can occur."""
 
-import contextlib
-import io
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -21,7 +16,10 @@ import transfer.detection.coco_eval
 from core.distributed import Processes
 from core.errors import DataError
 from tests.coco_sets import HEIGHT, WIDTH, annotation, image, read_set, small_set, with_
+from tests.golden_files import require
 from tools.cli import app
+from tools.verify.coco import KINDS, against_pycocotools, detections_of, plain_stats, stats_of, toy_results
+from tools.verify.golden import FOLDER
 from transfer.detection.coco import CocoSet
 from transfer.detection.coco_eval import (
     ENGINES,
@@ -37,65 +35,15 @@ from transfer.detection.coco_file import CocoPaths, coco_paths, read_coco
 from transfer.detection.inference import Detections
 from transfer.detection.rle import Rle, decode, encode, rasterised
 
-STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-STATS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
-KINDS = {"box": "bbox", "mask": "segm"}
-
-
-def stats_of(figures: dict[str, float | None], kind: str) -> list[float]:
-    """Figures in the order of COCO's stats, where -1 stands for not defined."""
-    values = [figures[f"{kind}_{name}"] for name in STATS]
-    return [-1.0 if value is None else value for value in values]
-
-
-def plain_stats(truth: Path, entries: list[dict[str, Any]], iou_type: str) -> list[float]:
-    """What a script with nothing but pycocotools says."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt = COCO(str(truth))
-        rows = [{key: value for key, value in e.items() if iou_type == "bbox" or key != "bbox"} for e in entries]
-        evaluation = COCOeval(gt, gt.loadRes(rows), iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return list(evaluation.stats)
-
-
-@dataclass(frozen=True)
-class Drawn(Detections):
-    """Detections whose masks are what they are, not what a small one says."""
-
-    bitmaps: Tensor
-
-    def paste(self, rows: slice) -> Tensor:
-        return self.bitmaps[rows]
-
-
-def found(masks: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
-    return Drawn(boxes, scores, labels, torch.zeros(len(boxes), 1, 1), (masks.shape[1], masks.shape[2]), masks)
-
-
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-def golden_rows(golden: dict, coco: CocoSet) -> list[Row]:
-    rows: list[Row] = []
-    for each in golden["detections"]:
-        index = coco.image_ids.index(each["image_id"])
-        masks = [decode(Rle(*mask["size"], mask["counts"].encode())) for mask in each["masks"]]
-        tensors = (torch.tensor(each[key]) for key in ("boxes", "scores", "classes"))
-        rows += detection_rows(index, found(torch.from_numpy(np.stack(masks)), *tensors))
-    return rows
+def test_golden_results_and_figures() -> None:
+    require(toy_results(FOLDER))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_golden_results_and_figures(shared: Path, tmp_path: Path, engine: Engine) -> None:
-    golden = json.loads((shared / "golden" / "detection_coco_map.json").read_text())["evaluation"]
-    coco = read_set(tmp_path, golden["ground_truth"])
-    rows = golden_rows(golden, coco)
-    assert result_entries(rows, coco) == golden["results"]
-    figures = evaluate(coco, rows, engine)
-    for kind, name in KINDS.items():
-        assert stats_of(figures, kind) == pytest.approx(golden["stats"][name], abs=1e-6)
+def test_made_up_detections_score_as_plain_pycocotools_says() -> None:
+    require(against_pycocotools())
 
 
 # ---- real annotations -----------------------------------------------------------------------------------------------
@@ -125,7 +73,7 @@ def made_up(coco: CocoSet, seed: int, per_image: int = 12) -> list[Row]:
         masks = [decode(rasterised([ellipse(box)], height, width)) for box in boxes]
         stacked = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.bool)
         tensors = (torch.tensor(boxes).reshape(-1, 4), scores, torch.tensor(labels))
-        rows += detection_rows(index, found(stacked, *tensors))
+        rows += detection_rows(index, detections_of(stacked, *tensors))
     return rows
 
 
@@ -165,7 +113,7 @@ def test_perfect_detections_score_one(coco128: CocoSet) -> None:
         stacked = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool)
         boxes = torch.from_numpy(np.array([each.box for each in objects]).reshape(-1, 4))
         labels = torch.tensor([each.label for each in objects], dtype=torch.int64)
-        rows += detection_rows(index, found(stacked, boxes, torch.ones(len(objects)), labels))
+        rows += detection_rows(index, detections_of(stacked, boxes, torch.ones(len(objects)), labels))
     figures = evaluate(coco128, rows)
     assert {value for name, value in figures.items() if "_ap" in name} == {1.0, None}
 
@@ -227,7 +175,7 @@ def test_numbers_that_are_not_finite_never_become_rows(bad: str) -> None:
     boxes, scores = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0.5])
     {"box": boxes, "score": scores}[bad].fill_(float("nan"))
     with pytest.raises(ValueError, match="image 3: boxes or scores that are not finite"):
-        detection_rows(3, found(torch.zeros(1, 5, 5, dtype=torch.bool), boxes, scores, torch.tensor([0])))
+        detection_rows(3, detections_of(torch.zeros(1, 5, 5, dtype=torch.bool), boxes, scores, torch.tensor([0])))
 
 
 def test_masks_of_rows_are_those_of_the_detections_in_portions_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,8 @@
 """Corruptions against the references: recorded results for legacy draws, and plain twins of what is done in parallel."""
 
 import colorsys
-import hashlib
 import io
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,28 +13,13 @@ from torch import Tensor
 from robustness.corruptions import blur, digital, filters, hsv, noise, weather
 from robustness.corruptions.apply import NAMES, apply
 from robustness.corruptions.case import DEFINITIONS, Case
-from tests.legacy_draws import legacy_draws
+from tests.golden_files import require
 from tests.test_corruptions import frost_files, noise_images  # noqa: F401  a fixture
+from tools.verify.golden import FOLDER
+from tools.verify.legacy_draws import legacy_draws
+from tools.verify.robustness import golden_image, recorded, row_measures
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "corruptions.json").read_text())
-
-# Exact arithmetic in float64 (spec section 2.2): the very bytes. Of the others float32 may move a value over a level.
-EXACT = {
-    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "frost", "fog", "brightness", "contrast", "pixelate",
-    "saturate",
-}  # fmt: skip
-# Means and standard deviations are stable to 0.02 across library versions, but for the codec and OpenCV's edges.
-TOLERANCE = {"jpeg_compression": 0.3, "spatter": 0.05}
-
-
-def golden_image() -> Tensor:
-    """The picture of spec section 2.3, uint8 [3, 224, 224]."""
-    h, w, c = np.indices((224, 224, 3))
-    waves = 127.5 + 80 * np.sin(0.05 * h + 0.3 * c) + 40 * np.cos(0.11 * w * (1 + 0.1 * c))
-    grain = 7 * (((7 * h + 13 * w + 29 * c) % 11) - 5) / 5
-    pixels = np.clip(np.floor(waves + grain), 0, 255).astype(np.uint8)
-    assert hashlib.sha1(pixels.tobytes()).hexdigest()[:12] == "584b1b63d3bc"
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+GOLDEN = recorded(FOLDER)
 
 
 def test_the_golden_image_is_the_specs() -> None:
@@ -49,19 +31,7 @@ def test_the_golden_image_is_the_specs() -> None:
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['name']}-{row['severity']}-{row['definition']}")
 def test_golden(row: dict) -> None:
-    """imagecorruptions 1.1.2 (and the original's frost and elastic_transform) after np.random.seed(0)."""
-    name, severity, definition = row["name"], row["severity"], row["definition"]
-    image = golden_image()
-    draws = legacy_draws(name, severity, image, definition)
-    pixels = apply(image[None], name, severity, draws=draws, definition=definition)[0].permute(1, 2, 0).numpy()
-    if name in EXACT:
-        assert hashlib.sha1(pixels.tobytes()).hexdigest()[:10] == row["sha1"]
-    tolerance = TOLERANCE.get(name, 0.02)
-    assert pixels.mean() == pytest.approx(row["mean"], abs=tolerance)
-    assert pixels.std() == pytest.approx(row["std"], abs=tolerance)
-    if name not in TOLERANCE:
-        assert np.abs(pixels[0, 0].astype(int) - row["first"]).max() <= 1
-        assert np.abs(pixels[111, 57].astype(int) - row["middle"]).max() <= 1
+    require(row_measures(row))
 
 
 def test_the_table_covers_every_corruption() -> None:

@@ -1,82 +1,37 @@
 """The ViT of detectors: windows, decomposed relative positions, drop path; against detectron2's and plain formulas."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from core.attention import merge_windows, relative_table, split_windows, with_relative_positions
-from core.vit import Block, ViT, ViTConfig, drop_path_scales, resize_pos_embed
+from core.vit import Block, ViT, ViTConfig
+from tests.golden_files import require
+from tools.verify.detection_backbone import vit_of, windowed_vit
+from tools.verify.golden import FOLDER, read_golden
 
 DENSE = {"class_token": False, "window_size": 3, "global_blocks": (1, 3), "rel_pos_grid": (8, 8)}
 
 
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, torch.Tensor]:
-    return {key: value.float() for key, value in load_file(shared / "golden" / "detection_vit.safetensors").items()}
-
-
-def described(shared: Path) -> dict:
-    with safe_open(shared / "golden" / "detection_vit.safetensors", "pt") as file:
-        return json.loads(file.metadata()["golden"])["config"]
-
-
-def below(golden: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
-
-
-@pytest.mark.parametrize("case", ["window", "everywhere", "resized_tables"])
-def test_a_block_is_detectron2s(golden: dict[str, torch.Tensor], shared: Path, case: str) -> None:
-    sizes = described(shared)["block"]
-    window = sizes["cases"][case]["window_size"] or None
-    grid = tuple(sizes["cases"][case]["grid"])
-    table = (window, window) if window else tuple(sizes["cases"][case]["input_size"])
-    block = Block(sizes["dim"], sizes["num_heads"], sizes["mlp_ratio"], window, table)
-    block.load_state_dict(below(golden, f"block.{case}.weight."))
-    x = golden[f"block.{case}.input"].flatten(1, 2)  # [B, N, D]
-    if window is None:
-        attended = block.attn(x, grid=grid)
-        expected = golden[f"block.{case}.attention_output"]
-        torch.testing.assert_close(attended.unflatten(1, grid), expected, rtol=0, atol=1e-5)
-    out = block(x, grid=grid).unflatten(1, grid)
-    torch.testing.assert_close(out, golden[f"block.{case}.output"], rtol=0, atol=1e-5)
+def test_blocks_and_vit_are_detectron2s() -> None:
+    measures = list(windowed_vit(FOLDER))
+    require(measures)
+    # one block is nearer than the golden files ask for
+    tight = [m for m in measures if m.what.startswith(("attention", "block")) or "positions" in m.what]
+    assert len(tight) == 7 and max(m.difference for m in tight) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["square", "rectangle"])
-def test_the_vit_is_detectron2s(golden: dict[str, torch.Tensor], shared: Path, case: str) -> None:
-    sizes = described(shared)["vit"]
-    side = sizes["pretrain_img_size"]
-    grid = (sizes["grid"], sizes["grid"])
-    config = ViTConfig(
-        img_size=(side, side), patch_size=sizes["patch_size"], embed_dim=sizes["embed_dim"], depth=sizes["depth"],
-        num_heads=sizes["num_heads"], class_token=False, window_size=sizes["window_size"],
-        global_blocks=tuple(sizes["global_blocks"]), rel_pos_grid=grid,
-    )  # fmt: skip
-    vit = ViT(config)
-    vit.load_state_dict(below(golden, "vit.weight."))
-    images = golden[f"vit.{case}.input"]
-    first, last = vit.feature_maps(images, [0, config.depth - 1])
-    torch.testing.assert_close(last, golden[f"vit.{case}.last_feat"], rtol=0, atol=1e-4)
-    torch.testing.assert_close(first.permute(0, 2, 3, 1), golden[f"vit.{case}.block0_output"], rtol=0, atol=1e-4)
-    new = (images.shape[-2] // 16, images.shape[-1] // 16)
-    position = resize_pos_embed(vit.pos_embed, config.grid, new)[:, 1:].unflatten(1, new)
-    torch.testing.assert_close(position, golden[f"vit.{case}.position"], rtol=0, atol=1e-5)
+def test_recomputed_blocks_change_nothing_and_have_gradients(case: str) -> None:
+    golden, meta = read_golden(FOLDER, "detection_vit")
+    vit, images = vit_of(golden, meta), golden[f"vit.{case}.input"]
+    (last,) = vit.feature_maps(images, [vit.config.depth - 1])
     vit.checkpointing = True
-    (again,) = vit.feature_maps(images, [config.depth - 1])
+    (again,) = vit.feature_maps(images, [vit.config.depth - 1])
     torch.testing.assert_close(again, last, rtol=0, atol=0)
     again.sum().backward()
     assert vit.blocks[0].attn.rel_pos_h.grad.abs().sum() > 0
-
-
-def test_drop_path_rates_are_detectron2s(golden: dict[str, torch.Tensor], shared: Path) -> None:
-    rates = golden["vit.drop_path_rates"]
-    scales = drop_path_scales(described(shared)["vit"]["drop_path_rate"], 4, 1000, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(1 - 1 / scales.amax(dim=(1, 2, 3, 4)), rates.float(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (14, 14)])

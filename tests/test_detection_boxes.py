@@ -1,110 +1,33 @@
 """Boxes, anchors, matching, sampling, pooling: golden values of detectron2, and what must hold besides."""
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.detection_golden import fixed_permutation, load_golden
-from transfer.detection.anchors import AnchorGenerator
+from tests.golden_files import require
+from tools.verify import detection_boxes
+from tools.verify.detection_reference import STRIDES
+from tools.verify.golden import FOLDER
+from tools.verify.measure import Measure
 from transfer.detection.boxes import BoxCoder, clip, nonempty, pairwise_iou, scale
-from transfer.detection.matching import Matcher, random_permutation, sample
+from transfer.detection.matching import random_permutation, sample
 from transfer.detection.pooling import RoiPooler
 from transfer.detection.pyramid import strides_of
 from transfer.detection.rpn import MATCHER
 
-LEVELS = ("p2", "p3", "p4", "p5", "p6")
-STRIDES = strides_of(16)
-ANCHORS = AnchorGenerator((32, 64, 128, 256, 512), (0.5, 1, 2), STRIDES)
-CPU = torch.device("cpu")
-
-
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["square", "rectangle"])
-def test_anchors(shared: Path, case: str) -> None:
-    golden, _ = load_golden(shared, "anchors")
-    grids = [tuple(golden[f"{case}.grid.{level}"].tolist()) for level in LEVELS]
-    for level, anchors in zip(LEVELS, ANCHORS(grids, CPU), strict=True):
-        torch.testing.assert_close(anchors, golden[f"{case}.{level}"], atol=1e-4, rtol=0)
-
-
-def test_anchors_of_a_cell_and_of_a_whole_image(shared: Path) -> None:
-    golden, _ = load_golden(shared, "anchors")
-    full = ANCHORS([(1024 // stride, 1024 // stride) for stride in STRIDES], CPU)
-    for i, level in enumerate(LEVELS):
-        torch.testing.assert_close(torch.tensor(ANCHORS.cell_anchors(i)), golden[f"cell.{level}"], atol=1e-4, rtol=0)
-        assert len(full[i]) == golden["full.count"][i]
-        torch.testing.assert_close(full[i][:4], golden["full.first"][i], atol=1e-4, rtol=0)
-        torch.testing.assert_close(full[i][-4:], golden["full.last"][i], atol=1e-4, rtol=0)
-        torch.testing.assert_close(full[i].double().sum(dim=0), golden["full.sum"][i], atol=1e-9, rtol=1e-6)
-
-
-@pytest.mark.parametrize("case", range(4))
-def test_box_coder(shared: Path, case: int) -> None:
-    golden, _ = load_golden(shared, "box_coder")
-    source, target = golden["source"], golden["target"]
-    coder = BoxCoder(tuple(golden[f"case{case}.weights"].tolist()))
-    encoded = coder.encode(source, target)
-    close = {"atol": 1e-5, "rtol": 1e-5}
-    torch.testing.assert_close(encoded, golden[f"case{case}.encoded"], **close)
-    torch.testing.assert_close(coder.decode(encoded, source), golden[f"case{case}.roundtrip"], **close)
-    decoded = coder.decode(golden[f"case{case}.deltas"], source)
-    torch.testing.assert_close(decoded, golden[f"case{case}.decoded"], **close)
-
-
-@pytest.mark.parametrize("matrix", ["hand", "random", "no_gt", "unreachable_gt"])
-def test_matcher(shared: Path, matrix: str) -> None:
-    golden, _ = load_golden(shared, "matcher")
-    matchers = {
-        "rpn": MATCHER,
-        **{
-            name: Matcher((threshold,), (0, 1))
-            for name, threshold in {"roi": 0.5, "cascade1": 0.6, "cascade2": 0.7}.items()
-        },
-    }
-    for name, matcher in matchers.items():
-        index, labels = matcher(golden[f"{matrix}.iou"])
-        assert torch.equal(index, golden[f"{matrix}.{name}.index"])
-        assert torch.equal(labels.long(), golden[f"{matrix}.{name}.label"])
-
-
-def test_iou(shared: Path) -> None:
-    golden, _ = load_golden(shared, "matcher")
-    torch.testing.assert_close(
-        pairwise_iou(golden["pairs.a"], golden["pairs.b"]), golden["pairs.iou"], atol=1e-6, rtol=0
-    )
-
-
-def test_numbers_of_samples(shared: Path) -> None:
-    golden, _ = load_golden(shared, "matcher")
-    for positives, negatives, requested, percent, num_positive, num_negative in golden["sampler.counts"].tolist():
-        labels = torch.cat([torch.ones(positives), torch.zeros(negatives), torch.full((5,), -1)]).long()
-        chosen = sample(labels, requested, percent / 100, 0, fixed_permutation)
-        assert [len(rows) for rows in chosen] == [num_positive, num_negative]
-        assert (labels[chosen[0]] == 1).all() and (labels[chosen[1]] == 0).all()
-
-
-def test_levels_of_regions(shared: Path) -> None:
-    golden, _ = load_golden(shared, "pooler")
-    pool = RoiPooler(STRIDES)
-    assert torch.equal(pool.assign_levels(golden["levels.boxes"]), golden["levels.level"])
-    assert torch.equal(pool.assign_levels(golden["levels.random_boxes"]), golden["levels.random_level"])
-
-
-@pytest.mark.parametrize("size", [7, 14])
-def test_pooled_regions(shared: Path, size: int) -> None:
-    golden, _ = load_golden(shared, "pooler")
-    features = [golden[f"input.{level}"] for level in LEVELS[:4]]
-    per_image = [golden["input.image0.boxes"], golden["input.image1.boxes"]]
-    boxes = torch.cat(per_image)
-    image = torch.tensor([0] * len(per_image[0]) + [1] * len(per_image[1]))
-    pool = RoiPooler(STRIDES)
-    torch.testing.assert_close(pool(features, boxes, image, size), golden[f"pooled{size}"], atol=1e-4, rtol=0)
-    alone = pool(features, per_image[1][:2], torch.ones(2, dtype=torch.int64), size)
-    torch.testing.assert_close(alone, golden[f"pooled{size}.second_image_only"], atol=1e-4, rtol=0)
+@pytest.mark.parametrize(
+    "compared",
+    [detection_boxes.anchors, detection_boxes.box_coder, detection_boxes.matching, detection_boxes.pooling],
+    ids=lambda compared: compared.__name__,
+)
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
 # ---- what must hold besides -----------------------------------------------------------------------------------------
@@ -201,6 +124,6 @@ def test_no_regions_are_pooled_to_nothing_with_a_gradient() -> None:
 
 
 def test_sizes_of_anchors() -> None:
-    for box in torch.tensor(ANCHORS.cell_anchors(2)):
+    for box in torch.tensor(detection_boxes.ANCHORS.cell_anchors(2)):
         width, height = box[2] - box[0], box[3] - box[1]
         assert math.isclose(width * height, 128**2, rel_tol=1e-6)

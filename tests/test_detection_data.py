@@ -1,8 +1,6 @@
 """Samples of a detector: large-scale jitter to the reference's last pixel, and real files of every kind."""
 
-import json
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import shapely
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from core.distributed import Processes
@@ -18,6 +15,9 @@ from core.errors import DataError
 from core.images import BadImage
 from core.loader import EpochOrder, TrainingImages, eval_loader, image_loader, sample_rng
 from tests.coco_sets import HEIGHT, WIDTH, annotation, image, read_set, small_set, with_
+from tests.golden_files import require
+from tools.verify.detection_data import areas, jittered, resizes
+from tools.verify.golden import FOLDER
 from transfer.detection.coco import Annotation, CocoSet
 from transfer.detection.coco_file import coco_paths, read_coco
 from transfer.detection.data import (
@@ -31,12 +31,10 @@ from transfer.detection.data import (
 )
 from transfer.detection.jitter import (
     Draws,
-    Geometry,
     JitterConfig,
     clip_polygon,
     eval_size,
     jitter,
-    jittered_size,
     resize_to_fit,
 )
 from transfer.detection.rle import encode, rasterised
@@ -44,57 +42,12 @@ from transfer.detection.rle import encode, rasterised
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Tensor]:
-    return load_file(shared / "golden" / "detection_lsj.safetensors")
+def test_golden_jitter() -> None:
+    require(jittered(FOLDER))
 
 
-def polygons_of(golden: dict[str, Tensor], case: str) -> dict[int, list[np.ndarray]]:
-    parts = np.split(golden[f"{case}.polygon.points"].numpy(), np.cumsum(golden[f"{case}.polygon.counts"])[:-1])
-    owners: dict[int, list[np.ndarray]] = {}
-    for part, owner in zip(parts, golden[f"{case}.polygon.instance"].tolist(), strict=True):
-        owners.setdefault(owner, []).append(part)
-    return owners
-
-
-def objects_of(golden: dict[str, Tensor]) -> list[Annotation]:
-    outlines = polygons_of(golden, "input")
-    crowd, label = golden["input.iscrowd"].tolist(), golden["input.category"].tolist()
-    return [Annotation(label[i], np.zeros(4), 1.0, bool(crowd[i]), tuple(outlines[i]), None) for i in range(len(label))]
-
-
-def areas(parts: Iterable[np.ndarray]) -> list[float]:
-    return sorted(shapely.Polygon(part.reshape(-1, 2)).area for part in parts)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_golden_jitter(golden: dict[str, Tensor], seed: int) -> None:
-    draws = Draws(*golden[f"seed{seed}.draws"].tolist())
-    moved, targets = jitter(golden["input.image"].permute(2, 0, 1), objects_of(golden), 80, JitterConfig(), draws)
-    assert torch.equal(moved, golden[f"seed{seed}.image"])
-    assert torch.equal(targets.labels, golden[f"seed{seed}.classes"])
-    torch.testing.assert_close(targets.boxes, golden[f"seed{seed}.boxes"], atol=1e-3, rtol=0)
-    expected = polygons_of(golden, f"seed{seed}")
-    for i, parts in enumerate(targets.masks):
-        assert len(parts) == len(expected[i])
-        assert areas(parts) == pytest.approx(areas(expected[i]), abs=1e-3)
-
-
-def test_golden_sizes_and_pixels_of_resizes(shared: Path) -> None:
-    table = json.loads((shared / "golden" / "detection_resize_table.json").read_text())
-    for size, expected in table["test_resize"]["rows"]:
-        assert list(eval_size(size, 1024)) == expected
-    for size, scale, expected in table["scale_jitter"]["rows"]:
-        assert list(jittered_size(size, 1024, scale)) == expected
-    source = torch.tensor(table["pixels"]["input"], dtype=torch.uint8).permute(2, 0, 1)
-    for name in ("down", "up"):  # to a shortest edge that is no square's, so the size is the reference's
-        expected = torch.tensor(table["pixels"][name]["output"], dtype=torch.uint8)
-        geometry = Geometry((source.shape[1], source.shape[2]), False, (*expected.shape[:2],), (0, 0), 10**6)
-        pixels = geometry.pixels(source.permute(1, 2, 0).numpy(), Image.Resampling.BILINEAR)
-        assert np.array_equal(pixels, expected.numpy())
-    down = table["pixels"]["down"]
-    assert down["short_edge"] == down["max_size"]
-    assert torch.equal(resize_to_fit(source, 24).permute(1, 2, 0), torch.tensor(down["output"], dtype=torch.uint8))
+def test_golden_sizes_and_pixels_of_resizes() -> None:
+    require(resizes(FOLDER))
 
 
 # ---- jitter ---------------------------------------------------------------------------------------------------------
@@ -123,7 +76,7 @@ def test_run_lengths_move_as_polygons_do(draws: Draws) -> None:
     assert (by_polygon.boxes - by_bitmap.boxes).abs().max() <= 1  # of whole pixels, picked by the nearest
     for parts, bitmap in zip(by_polygon.masks, by_bitmap.masks, strict=True):
         assert isinstance(bitmap, Tensor) and bitmap.shape == moved.shape[1:] and bitmap.dtype == torch.bool
-        assert bitmap.sum().item() == pytest.approx(sum(areas(parts)), rel=0.08)
+        assert bitmap.sum().item() == pytest.approx(areas(parts).sum().item(), rel=0.08)
 
 
 def test_a_bitmap_that_does_not_move_stays_as_it_is() -> None:

@@ -1,5 +1,6 @@
 """Heads, mask targets, choice of detections, pasting: golden values of detectron2, and what must hold besides."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,150 +8,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.detection_golden import (
-    Golden,
-    fixed_permutation,
-    load_golden,
-    no_targets,
-    part,
-    polygons_of,
-    unpacked,
-)
-from transfer.detection.box_head import BoxHead, box_losses
+from tests.golden_files import require
+from tools.verify import detection_heads
+from tools.verify.detection_heads import rois_of
+from tools.verify.detection_reference import STRIDES, fixed_permutation, no_targets
+from tools.verify.golden import FOLDER
+from tools.verify.measure import Measure
+from transfer.detection.box_head import box_losses
 from transfer.detection.boxes import BoxCoder
-from transfer.detection.cascade import CODERS, CascadeROIHeads, relabel
-from transfer.detection.inference import Selected, select, to_original
-from transfer.detection.mask_head import MaskHead, mask_loss
+from transfer.detection.cascade import CODERS, CascadeROIHeads
+from transfer.detection.mask_head import mask_loss
 from transfer.detection.masks import draw_polygons, mask_targets, paste_masks, pool_bitmaps
-from transfer.detection.pyramid import strides_of
 from transfer.detection.roi_heads import FIRST_CODER, ROIHeads, ROIHeadsConfig, StandardROIHeads
-from transfer.detection.rois import LabelledRois, match_rois, sample_rois
+from transfer.detection.rois import match_rois, sample_rois
 from transfer.detection.rpn import Proposals
 from transfer.detection.targets import PaddedTruth, Targets
-from transfer.detection.weights import from_detectron2
 
-STRIDES = strides_of(16)
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
 CPU = torch.device("cpu")
-PREDICTORS = {"box_predictor": FIRST_CODER, "box_predictor_agnostic": CODERS[1]}
-
-
-def box_head_of(golden: Golden, predictor: str) -> BoxHead:
-    weights = part(golden, "weight.")
-    theirs = {f"roi_heads.box_head.{key}": value for key, value in part(weights, "box_head.").items()}
-    theirs |= {f"roi_heads.box_predictor.{key}": value for key, value in part(weights, f"{predictor}.").items()}
-    head = BoxHead(32, 7, 4, 32, 5, class_agnostic=predictor == "box_predictor_agnostic")
-    head.load_state_dict(part(from_detectron2(theirs)[0], "roi.box."))
-    return head.eval()
-
-
-def rois_of(boxes: Tensor, labels: Tensor, truth_boxes: Tensor) -> LabelledRois:
-    zeros = torch.zeros(len(boxes), dtype=torch.int64)
-    return LabelledRois(boxes, zeros, labels, zeros, truth_boxes)
 
 
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
-def test_box_head(shared: Path, predictor: str) -> None:
-    golden, _ = load_golden(shared, "heads")
-    head = box_head_of(golden, predictor)
-    torch.testing.assert_close(head.hidden(golden["input.pooled7"]), golden["box_head.output"], **CLOSE)
-    scores, deltas = head(golden["input.pooled7"])
-    torch.testing.assert_close(scores, golden[f"{predictor}.scores"], **CLOSE)
-    torch.testing.assert_close(deltas, golden[f"{predictor}.deltas"], **CLOSE)
-
-
-@pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("background_only", [False, True])
-def test_box_losses(shared: Path, predictor: str, background_only: bool) -> None:
-    golden, _ = load_golden(shared, "heads")
-    given = part(golden, "loss.input.")
-    labels = torch.full_like(given["gt_classes"], 5) if background_only else given["gt_classes"]
-    rois = rois_of(given["proposals"], labels, given["gt_boxes"])
-    loss_cls, loss_box_reg = box_losses(given["scores"], given[f"{predictor}.deltas"], rois, PREDICTORS[predictor])
-    expected = part(golden, f"loss.{predictor}.{'background_only.' if background_only else ''}")
-    torch.testing.assert_close(loss_cls, expected["loss_cls"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(loss_box_reg, expected["loss_box_reg"], atol=1e-5, rtol=0)
-
-
-def test_mask_head(shared: Path) -> None:
-    golden, _ = load_golden(shared, "heads")
-    weights = part(golden, "weight.mask_head.")
-    state, _ = from_detectron2({f"roi_heads.mask_head.{key}": value for key, value in weights.items()})
-    head = MaskHead(32, 4, 5)
-    head.load_state_dict(part(state, "roi.mask."))
-    torch.testing.assert_close(head(golden["input.pooled14"]), golden["mask_head.logits"], **CLOSE)
-
-
-def test_mask_targets_of_polygons(shared: Path) -> None:
-    golden, _ = load_golden(shared, "mask_targets")
-    polygons = polygons_of(golden, "polygon.", 4)
-    for box, instance, expected in zip(
-        golden["boxes"], golden["instance_of_box"].tolist(), golden["target.polygon"], strict=True
-    ):
-        drawn = draw_polygons(polygons[instance], box.numpy(), 28)
-        assert torch.equal(torch.from_numpy(drawn), expected.bool())
-
-
-def test_mask_targets_of_bitmaps(shared: Path) -> None:
-    golden, _ = load_golden(shared, "mask_targets")
-    found = pool_bitmaps(golden["bitmap"], golden["instance_of_box"], golden["boxes"], 28)
-    different = found != golden["target.bitmap"].bool()
-    assert not (different & ~golden["target.bitmap_undecided"].bool()).any()
-    assert different.flatten(1).sum(dim=1).max() <= 4
-
-
-def test_relabelled_boxes_of_a_cascade(shared: Path) -> None:
-    golden, _ = load_golden(shared, "losses_cascade")
-    given = part(golden, "relabel.input.")
-    boxes = torch.cat([given["image0.boxes"], given["image1.boxes"]])
-    image = torch.tensor([0] * len(given["image0.boxes"]) + [1] * len(given["image1.boxes"]))
-    masks = [[np.zeros(6)]] * 2
-    truth = PaddedTruth.of([Targets(given["image0.gt_boxes"], given["image0.gt_classes"], masks), no_targets()])
-    for stage, threshold in ((1, 0.6), (2, 0.7)):
-        rois = relabel(boxes, image, given["image_sizes"], truth, threshold, 5)
-        for i in range(2):
-            expected = part(golden, f"relabel.stage{stage}.image{i}.")
-            found = rois[rois.image == i]
-            torch.testing.assert_close(found.boxes, expected["boxes"], atol=1e-2, rtol=0)
-            assert torch.equal(found.labels, expected["classes"])
-            torch.testing.assert_close(found.truth_boxes, expected["gt_boxes"], atol=1e-2, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["", "agnostic."])
-def test_selected_detections(shared: Path, kind: str) -> None:
-    golden, _ = load_golden(shared, "inference_mask_rcnn")
-    given, expected = part(golden, "select.input."), part(golden, f"select.{kind}")
-    boxes = given["boxes"][:, :4] if kind else given["boxes"]
-    chosen = {"score_threshold": 0.05, "nms_threshold": 0.5}
-    found = select(boxes, given["probabilities"], given["image_size"], **chosen, limit=100)
-    torch.testing.assert_close(found.boxes, expected["boxes"], atol=1e-2, rtol=0)
-    torch.testing.assert_close(found.scores, expected["scores"], atol=5e-4, rtol=0)
-    assert torch.equal(found.labels, expected["classes"]) and torch.equal(found.region, expected["region"])
-    if not kind:
-        everything = select(boxes, given["probabilities"], given["image_size"], **chosen, limit=10**6)
-        assert len(everything.boxes) == golden["select.without_limit"]
-
-
-def test_pasted_masks(shared: Path) -> None:
-    golden, meta = load_golden(shared, "paste")
-    size = tuple(meta["config"]["output"])
-    pasted = paste_masks(golden["input.masks"], golden["input.boxes"], size)
-    assert torch.equal(pasted, unpacked(golden["expected.masks_packed"], *size))
-
-
-def test_detections_in_the_original_image(shared: Path) -> None:
-    golden, _ = load_golden(shared, "paste")
-    network_size, original_size = (tuple(golden[f"post.input.{key}_size"].tolist()) for key in ("network", "output"))
-    boxes = golden["post.input.boxes"]
-    number = torch.arange(len(boxes))
-    found = Selected(boxes, number.float(), number, number)
-    detections = to_original(found, golden["input.masks"][:6], network_size, original_size)
-    assert torch.equal(detections.labels, golden["post.kept"])
-    torch.testing.assert_close(detections.boxes, golden["post.boxes"], atol=0, rtol=0)
-    assert torch.equal(detections.masks, unpacked(golden["post.masks_packed"], *original_size))
+@pytest.mark.parametrize(
+    "compared",
+    [
+        detection_heads.roi_heads,
+        detection_heads.mask_targets,
+        detection_heads.relabelled,
+        detection_heads.selection,
+        detection_heads.pasting,
+    ],
+    ids=lambda compared: compared.__name__,
+)
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
 # ---- what must hold besides -----------------------------------------------------------------------------------------

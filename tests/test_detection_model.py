@@ -1,7 +1,5 @@
 """The whole detector: detectron2's losses, gradients and detections through the weight converter."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,163 +7,40 @@ from torch import Tensor
 from core.errors import CheckpointError
 from core.task import Place
 from core.vit import ViT, ViTConfig
-from tests.detection_golden import (
-    Golden,
-    batch_of,
-    detector_of,
-    fixed_permutation,
-    load_golden,
-    no_targets,
-    part,
-    targets_of,
-    unpacked,
-)
+from tests.golden_files import require
+from tools.verify.detection_model import Kind, Reference, inference, losses, of_image
+from tools.verify.detection_reference import fixed_permutation, no_targets, targets_of
+from tools.verify.golden import FOLDER, part
 from transfer.detection import cascade
 from transfer.detection.box_head import box_losses
-from transfer.detection.boxes import BoxCoder, pairwise_iou
+from transfer.detection.boxes import BoxCoder
 from transfer.detection.mask_rcnn import DetectorConfig, MaskRCNN, build_mask_rcnn
-from transfer.detection.masks import mask_targets
 from transfer.detection.matching import random_permutation
 from transfer.detection.pyramid import strides_of
-from transfer.detection.roi_heads import FIRST_THRESHOLD, ROIHeadsConfig
-from transfer.detection.rois import LabelledRois, SampledRois, sample_rois
-from transfer.detection.rpn import MATCHER, RPNConfig
-from transfer.detection.targets import PaddedTruth, Targets
+from transfer.detection.roi_heads import ROIHeadsConfig
+from transfer.detection.rois import LabelledRois
+from transfer.detection.rpn import RPNConfig
+from transfer.detection.targets import Targets
 from transfer.detection.weights import from_detectron2, sizes_of, to_detectron2
 
 KINDS = ["mask_rcnn", "cascade"]
 
 
-class Reference:
-    """The reference's detector in training, with all that it found on the way."""
-
-    def __init__(self, shared: Path, name: str) -> None:
-        self.golden, self.meta = load_golden(shared, name)
-        self.config = self.meta["config"]
-        self.model = detector_of(self.golden, self.config)
-        self.images, self.sizes = batch_of(self.golden, self.config)
-
-    def losses(self, targets: list[Targets]) -> dict[str, Tensor]:
-        return self.model.losses(self.images, self.sizes, targets, fixed_permutation)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def training(shared: Path, request: pytest.FixtureRequest) -> Reference:
-    return Reference(shared, f"losses_{request.param}")
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def inference(shared: Path, request: pytest.FixtureRequest) -> Reference:
-    return Reference(shared, f"inference_{request.param}")
-
-
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-def assert_losses(found: dict[str, Tensor], golden: Golden, prefix: str) -> None:
-    expected = {k: v for k, v in part(golden, prefix).items() if k.startswith("loss_")}
-    assert found.keys() == expected.keys()
-    for name, loss in found.items():
-        torch.testing.assert_close(loss, expected[name], atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_losses_gradients_and_regions(kind: Kind) -> None:
+    require(losses(FOLDER, kind))
 
 
-def test_losses_and_gradients(training: Reference) -> None:
-    model, golden = training.model, training.golden
-    model.zero_grad()
-    losses = training.losses(targets_of(golden))
-    assert_losses(losses, golden, "expected.")
-    sum(losses.values()).backward()
-    names = dict(model.named_parameters())
-    theirs = to_detectron2({name: torch.zeros(0) if p.grad is None else p.grad for name, p in names.items()})[0]
-    for name, norm in zip(training.meta["gradient_names"], golden["expected.grad_norm"].tolist(), strict=True):
-        assert theirs[name].double().norm().item() == pytest.approx(norm, rel=1e-2, abs=1e-6), name
-    for name, expected in part(golden, "expected.grad.").items():
-        assert (theirs[name] - expected).norm() <= 1e-2 * (expected.norm() + 1e-6), name
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_detections(kind: Kind) -> None:
+    require(inference(FOLDER, kind))
 
 
-def test_losses_with_bitmaps(training: Reference) -> None:
-    loss = training.losses(targets_of(training.golden, bitmaps=True))["loss_mask"]
-    torch.testing.assert_close(loss, training.golden["expected.bitmap.loss_mask"], atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("case", ["second_image_without_gt", "no_gt"])
-def test_losses_of_images_without_ground_truth(training: Reference, case: str) -> None:
-    targets = [targets_of(training.golden)[0] if case != "no_gt" else no_targets(), no_targets()]
-    assert_losses(training.losses(targets), training.golden, f"{case}.")
-
-
-def sampled(training: Reference, targets: list[Targets]) -> tuple[list[Tensor], SampledRois]:
-    """Candidates of each image (proposals, then ground truth), and the ROIs drawn from them."""
-    model, config = training.model, training.config
-    with torch.no_grad():
-        output = model.rpn(model.backbone(training.images))
-        proposals = [found.boxes for found in model.rpn.proposals(output, training.sizes, training=True)]
-    rois = sample_rois(
-        proposals,
-        PaddedTruth.of(targets),
-        threshold=FIRST_THRESHOLD,
-        num_classes=config["classes"],
-        batch_size_per_image=config["roi_batch_size_per_image"],
-        positive_fraction=config["roi_positive_fraction"],
-        permutation=fixed_permutation,
-    )
-    return [torch.cat([boxes, target.boxes]) for boxes, target in zip(proposals, targets, strict=True)], rois
-
-
-def of_image(rois: LabelledRois, i: int) -> LabelledRois:
-    return rois[rois.image == i]
-
-
-def test_proposals_and_sampled_regions(training: Reference) -> None:
-    golden, targets = training.golden, targets_of(training.golden)
-    with torch.no_grad():
-        output = training.model.rpn(training.model.backbone(training.images))
-        proposals = training.model.rpn.proposals(output, training.sizes, training=True)
-    candidates, rois = sampled(training, targets)
-    for i in range(2):
-        expected = part(golden, f"expected.image{i}.")
-        torch.testing.assert_close(proposals[i].logits, expected["logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(proposals[i].boxes, expected["proposals"], atol=1e-2, rtol=0)
-        chosen = torch.cat([expected["roi_sampled_foreground"], expected["roi_sampled_background"]])
-        found = of_image(rois.all, i)
-        assert torch.equal(found.boxes, candidates[i][chosen])
-        assert torch.equal(found.labels, expected["roi_classes"])
-        torch.testing.assert_close(found.boxes, expected["roi_boxes"], atol=1e-2, rtol=0)
-        assert rois.num_objects[i] == len(expected["roi_sampled_foreground"])
-
-
-def test_sampled_regions_of_images_without_ground_truth(training: Reference) -> None:
-    for case, targets in (
-        ("second_image_without_gt", [targets_of(training.golden)[0], no_targets()]),
-        ("no_gt", [no_targets(), no_targets()]),
-    ):
-        candidates, rois = sampled(training, targets)
-        for i in range(2):
-            expected = part(training.golden, f"{case}.image{i}.")
-            chosen = torch.cat([expected["roi_sampled_foreground"], expected["roi_sampled_background"]])
-            assert torch.equal(of_image(rois.all, i).boxes, candidates[i][chosen])
-
-
-def test_sampled_anchors(training: Reference) -> None:
-    rpn, golden = training.model.rpn, training.golden
-    with torch.no_grad():
-        anchors = rpn(training.model.backbone(training.images)).anchors
-    for i, target in enumerate(targets_of(golden)):
-        positive, negative = rpn.sample(MATCHER(pairwise_iou(target.boxes, anchors))[1], fixed_permutation)
-        assert torch.equal(positive, golden[f"expected.image{i}.rpn_sampled_positive"])
-        assert torch.equal(negative, golden[f"expected.image{i}.rpn_sampled_negative"])
-
-
-def test_mask_targets_of_the_sampled_regions(training: Reference) -> None:
-    golden, targets = training.golden, targets_of(training.golden)
-    rois = sampled(training, targets)[1]
-    objects = rois.objects
-    drawn = mask_targets(targets, rois.num_objects, objects.instances, objects.boxes, 28, torch.device("cpu"))
-    assert torch.equal(drawn, golden["expected.mask_targets"].bool())
-
-
-def test_regions_that_enter_each_stage_of_a_cascade(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Reference(shared, "losses_cascade")
+def test_regions_that_enter_each_stage_of_a_cascade(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Reference(FOLDER, "losses_cascade")
     entered: list[LabelledRois] = []
 
     def watched(scores: Tensor, deltas: Tensor, rois: LabelledRois, coder: BoxCoder) -> tuple[Tensor, Tensor]:
@@ -180,38 +55,6 @@ def test_regions_that_enter_each_stage_of_a_cascade(shared: Path, monkeypatch: p
             found = of_image(entered[stage], i)
             torch.testing.assert_close(found.boxes, expected["boxes"], atol=1e-2, rtol=0)
             assert torch.equal(found.labels, expected["classes"])
-
-
-def test_pyramid_of_the_images(inference: Reference) -> None:
-    with torch.no_grad():
-        maps = dict(zip(("p2", "p3", "p4", "p5", "p6"), inference.model.backbone(inference.images), strict=True))
-    close = {"atol": 1e-3, "rtol": 0}
-    expected = part(inference.golden, "expected.")
-    torch.testing.assert_close(maps["p2"][:, :, ::8, ::8], expected["p2_every_eighth"], **close)
-    torch.testing.assert_close(maps["p3"][:, :, ::4, ::4], expected["p3_every_fourth"], **close)
-    torch.testing.assert_close(maps["p4"][:, :, ::2, ::2], expected["p4_every_second"], **close)
-    torch.testing.assert_close(maps["p5"], expected["p5"], **close)
-    torch.testing.assert_close(maps["p6"], expected["p6"], **close)
-
-
-def test_detections(inference: Reference) -> None:
-    model, golden = inference.model, inference.golden
-    original_sizes = [tuple(size) for size in inference.config["output_sizes"]]
-    with torch.no_grad():
-        features = model.backbone(inference.images)
-        proposals = model.rpn.proposals(model.rpn(features), inference.sizes, training=False)
-        in_network = model.roi.detect(features, proposals, inference.sizes)
-    detections = model.detect(inference.images, inference.sizes, original_sizes)
-    for i, found in enumerate(detections):
-        expected = part(golden, f"expected.image{i}.")
-        torch.testing.assert_close(proposals[i].boxes, expected["proposals"], atol=1e-2, rtol=0)
-        torch.testing.assert_close(in_network[i][0].boxes, expected["network_boxes"], atol=1e-2, rtol=0)
-        torch.testing.assert_close(in_network[i][1], expected["mask_prob"], atol=2e-3, rtol=0)
-        torch.testing.assert_close(found.boxes, expected["boxes"], atol=1e-2, rtol=0)
-        torch.testing.assert_close(found.scores, expected["scores"], atol=5e-4, rtol=0)
-        assert torch.equal(found.labels, expected["classes"])
-        masks = unpacked(expected["masks_packed"], *original_sizes[i])
-        assert (found.masks != masks).float().mean() <= 1e-3
 
 
 # ---- what must hold besides -----------------------------------------------------------------------------------------

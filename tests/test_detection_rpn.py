@@ -1,5 +1,6 @@
 """Pyramid and region proposals: golden values of detectron2, and what must hold besides."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -7,23 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import NumericError
-from tests.detection_golden import Golden, fixed_permutation, load_golden, no_targets, part
-from transfer.detection.boxes import pairwise_iou
-from transfer.detection.pyramid import LayerNorm2d, SimpleFeaturePyramid, strides_of
-from transfer.detection.rpn import MATCHER, RPN, RPNConfig, RPNOutput
+from tests.golden_files import require
+from tools.verify.detection_backbone import ReferenceRPN, pyramid, rpn
+from tools.verify.detection_reference import STRIDES, fixed_permutation, no_targets
+from tools.verify.golden import FOLDER
+from tools.verify.measure import Measure
+from transfer.detection.pyramid import LayerNorm2d, SimpleFeaturePyramid
+from transfer.detection.rpn import RPN, RPNConfig, RPNOutput
 from transfer.detection.targets import Targets
-from transfer.detection.weights import from_detectron2
-
-LEVELS = ("p2", "p3", "p4", "p5", "p6")
-STRIDES = strides_of(16)
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
-
-
-def loaded(module: nn.Module, golden: Golden, theirs: str, ours: str) -> nn.Module:
-    """A part of the detector with the reference's weights, which are those of the names `weight.<...>`."""
-    state, _ = from_detectron2({f"{theirs}{key}": value for key, value in part(golden, "weight.").items()})
-    module.load_state_dict(part(state, ours))
-    return module.eval()
 
 
 def truth(boxes: Tensor) -> Targets:
@@ -33,108 +25,18 @@ def truth(boxes: Tensor) -> Targets:
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["even", "odd"])
-def test_pyramid(shared: Path, case: str) -> None:
-    golden, meta = load_golden(shared, "pyramid")
-    config = meta["config"]
-    pyramid = SimpleFeaturePyramid(config["in_channels"], config["out_channels"])
-    loaded(pyramid, golden, "backbone.", "backbone.pyramid.")
-    with torch.no_grad():
-        maps = pyramid(golden[f"{case}.input"])
-    for level, found in zip(LEVELS, maps, strict=True):
-        torch.testing.assert_close(found, golden[f"{case}.{level}"], **CLOSE)
+@pytest.mark.parametrize("compared", [pyramid, rpn], ids=["pyramid", "rpn"])
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
-def test_channel_norm(shared: Path) -> None:
-    golden, _ = load_golden(shared, "pyramid")
-    norm = LayerNorm2d(8)
-    norm.load_state_dict(part(golden, "channel_norm.weight."))
-    found = norm(golden["channel_norm.input"])
-    torch.testing.assert_close(found, golden["channel_norm.output"], atol=1e-3, rtol=0)
-
-
-class Reference:
-    """The reference's RPN on its features."""
-
-    def __init__(self, shared: Path) -> None:
-        self.golden, self.meta = load_golden(shared, "rpn")
-        self.features = [self.golden[f"input.{level}"] for level in LEVELS]
-        self.sizes = self.golden["input.image_sizes"]
-        self.targets = [truth(self.golden[f"input.image{i}.gt_boxes"]) for i in range(2)]
-
-    def rpn(self, **changes: object) -> RPN:
-        config = self.meta["config"]
-        limits = {
-            f"{kind}_nms_topk_{when}": n
-            for kind in ("pre", "post")
-            for when, n in zip(config["topk_order"], config[f"{kind}_nms_topk"], strict=True)
-        }
-        rpn = RPN(RPNConfig(**{**limits, **changes}), config["channels"], STRIDES)
-        loaded(rpn, self.golden, "proposal_generator.", "rpn.")
-        return rpn
-
-
-@pytest.fixture(scope="module")
-def reference(shared: Path) -> Reference:
-    return Reference(shared)
-
-
-def test_head(reference: Reference) -> None:
-    rpn = reference.rpn()
-    for level in ("p4", "p5", "p6"):
-        logits, deltas = rpn.head(reference.golden[f"input.{level}"])
-        torch.testing.assert_close(logits, reference.golden[f"head.{level}.objectness"], **CLOSE)
-        torch.testing.assert_close(deltas, reference.golden[f"head.{level}.deltas"], **CLOSE)
-
-
-def test_labels_and_samples_of_anchors(reference: Reference) -> None:
-    rpn, golden = reference.rpn(), reference.golden
-    anchors = rpn(reference.features).anchors
-    for i, target in enumerate(reference.targets):
-        index, labels = MATCHER(pairwise_iou(target.boxes, anchors))
-        assert torch.equal(labels, golden[f"train.image{i}.labels"])
-        positive = labels == 1
-        assert torch.equal(index[positive], golden[f"train.image{i}.matched_index"].long()[positive])
-        chosen = rpn.sample(labels, fixed_permutation)
-        assert torch.equal(chosen[0], golden[f"train.image{i}.sampled_positive"])
-        assert torch.equal(chosen[1], golden[f"train.image{i}.sampled_negative"])
-
-
-def test_losses(reference: Reference) -> None:
-    rpn, golden = reference.rpn(), reference.golden
-    losses = rpn.losses(rpn(reference.features), reference.targets, fixed_permutation)
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, golden[f"train.{name}"], atol=1e-5, rtol=0)
-
-
-def test_losses_of_every_labelled_anchor(reference: Reference) -> None:
-    many = reference.meta["config"]["exhaustive_batch_size_per_image"]
-    rpn = reference.rpn(batch_size_per_image=many)
-    losses = rpn.losses(rpn(reference.features), reference.targets, fixed_permutation)
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, reference.golden[f"exhaustive.{name}"], atol=1e-5, rtol=0)
-
-
-def test_losses_without_ground_truth(reference: Reference) -> None:
-    rpn, golden = reference.rpn(), reference.golden
-    output = rpn(reference.features)
-    losses = rpn.losses(output, [no_targets(), no_targets()], fixed_permutation)
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, golden[f"no_gt.{name}"], atol=1e-5, rtol=0)
-    labels = MATCHER(pairwise_iou(torch.zeros(0, 4), output.anchors))[1]
-    positive, negative = rpn.sample(labels, fixed_permutation)
-    assert len(positive) == 0 and torch.equal(negative, golden["no_gt.image0.sampled_negative"])
-
-
-@pytest.mark.parametrize("when", ["train", "test"])
-def test_proposals(reference: Reference, when: str) -> None:
-    rpn = reference.rpn()
-    proposals = rpn.proposals(rpn(reference.features), reference.sizes, training=when == "train")
-    for i, found in enumerate(proposals):
-        torch.testing.assert_close(found.logits, reference.golden[f"{when}.image{i}.logits"], **CLOSE)
-        expected = reference.golden[f"{when}.image{i}.proposals"]
-        torch.testing.assert_close(found.boxes, expected, atol=1e-2, rtol=0)
-        assert not found.boxes.requires_grad
+def test_proposals_are_no_path_for_gradients() -> None:
+    reference = ReferenceRPN(FOLDER)
+    module = reference.rpn()
+    output = module(reference.features)
+    assert output.logits.requires_grad
+    for training in (True, False):
+        assert not any(found.boxes.requires_grad for found in module.proposals(output, reference.sizes, training))
 
 
 # ---- what must hold besides -----------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The method against the reference's results, the worked fixture of the spec, and its plain twin."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -9,16 +8,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from core.engine import update
 from core.optim import OptimConfig, adamw, decay_groups
 from core.task import Place
-from core.vit import ViTConfig, gather_patches, patchify
+from core.vit import ViTConfig, gather_patches
 from pretrain.data import PretrainBatch
 from pretrain.mae import DecoderConfig, MaskedAutoencoder, num_kept, random_masking, reconstruction_target
 from pretrain.rc_mae import Method, RCMAETask, TeacherConfig, ema_update, hidden_patch_loss
+from tests.golden_files import require
 from tools.plain_step import PlainMAE, plain_ema, plain_losses, plain_optimizer, plain_step
+from tools.verify.golden import FOLDER
+from tools.verify.pretraining import losses_of, schedules
+from tools.verify.pretraining import step as worked_step
 
 TRUE = torch.tensor(True)
 
@@ -29,20 +31,6 @@ def method(**changes: object) -> Method:
         "total_steps": 100, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4),
     }  # fmt: skip
     return Method(**{**values, **changes})
-
-
-def losses_of(
-    student: MaskedAutoencoder, teacher: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, norm_pix_loss: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reconstruction, consistency and both predictions of the fast path for given float images and ids."""
-    keep = num_kept(ids_shuffle.shape[1], 0.75)
-    ids_keep, ids_hidden = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-    patches = patchify(images, student.config.patch_size)
-    target = reconstruction_target(gather_patches(patches, ids_hidden), norm_pix_loss)
-    prediction = student(patches, ids_keep, ids_hidden)
-    with torch.no_grad():
-        expected = teacher(patches, ids_keep, ids_hidden)
-    return hidden_patch_loss(prediction, target), hidden_patch_loss(prediction, expected), prediction, expected
 
 
 @pytest.mark.parametrize("name", ["rcmae_step_normpix", "rcmae_step_rawpix"])
@@ -95,92 +83,9 @@ def test_one_step_equals_the_reference_implementation(shared: Path, name: str) -
             assert p.requires_grad is False or moved > 1e-4 * (branch == "student"), f"{n}: the reference did not move"
 
 
-# ---- the worked fixture of spec section 9, in float64 -------------------------------------------------------------
-
-
-def fixture_network(phase: float) -> MaskedAutoencoder:
-    vit = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3)
-    network = MaskedAutoencoder(vit, DecoderConfig(embed_dim=16, depth=1, num_heads=2)).double()
-    trainable = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-    assert len(trainable) == 48
-    with torch.no_grad():
-        for k, (name, parameter) in enumerate(trainable):
-            j = torch.arange(parameter.numel(), dtype=torch.float64)
-            norm_weight = name.endswith(("norm1.weight", "norm2.weight", "norm.weight"))
-            parameter.copy_((0.2 * torch.sin(0.7 * j + 1.3 * k + phase) + norm_weight).view_as(parameter))
-    return network
-
-
-def fixture_images() -> tuple[Tensor, Tensor]:
-    i = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)
-    images = (torch.sin(0.013 * i) + 0.3 * torch.cos(0.171 * i)).view(2, 3, 32, 32)
-    t, n = torch.arange(16, dtype=torch.float64), torch.arange(2, dtype=torch.float64)[:, None]
-    return images, ((t + 1) * (0.6180339887498949 + 0.1 * n)) % 1.0
-
-
-def assert_near(value: float | Tensor, expected: float) -> None:
-    assert float(torch.as_tensor(value).detach()) == pytest.approx(expected, rel=1e-10)
-
-
-def test_worked_fixture_forward() -> None:
-    student, teacher = fixture_network(0.0), fixture_network(0.05)
-    images, noise = fixture_images()
-    ids = torch.cat(random_masking(noise, 0.75), dim=1)
-    assert ids[0].tolist() == [12, 4, 9, 1, 14, 6, 11, 3, 8, 0, 13, 5, 10, 2, 15, 7]
-    assert ids[1].tolist() == [6, 13, 2, 9, 5, 12, 1, 8, 15, 4, 11, 0, 7, 14, 3, 10]
-    patches = patchify(images, 8)
-    prediction = student.predict_all(patches, ids[:, :4], ids[:, 4:])
-    assert_near(prediction.sum(), -56.855965393475)
-    assert_near(prediction[0, 0, 0], 0.588055344558)
-    assert_near(prediction[1, 15, 191], -1.075809050889)
-    assert_near(teacher.predict_all(patches, ids[:, :4], ids[:, 4:]).sum(), -53.088457132129)
-    # The spec calls these entries "normalised"; they are those of the raw target, as the losses below prove.
-    target = reconstruction_target(patches, False)
-    for index, value in enumerate((-0.167009206600358, -0.5772177562434183, -0.7129624380857771)):
-        assert_near(target[0, 5, index], value)
-    assert_near(target[1, 15, 190], -0.6637003840005633)
-    assert_near(target[1, 15, 191], -0.8490002004147879)
-    for norm_pix, wanted in ((False, 1.942197264612953), (True, 2.412784282280018)):
-        reconstruction, consistency, _, _ = losses_of(student, teacher, images, ids, norm_pix)
-        assert_near(reconstruction, wanted)
-        assert_near(consistency, 0.008489536372899)
-
-
-def test_worked_fixture_gradients_step_and_second_forward() -> None:
-    student, teacher = fixture_network(0.0), fixture_network(0.05)
-    images, noise = fixture_images()
-    ids = torch.cat(random_masking(noise, 0.75), dim=1)
-    reconstruction, consistency, _, _ = losses_of(student, teacher, images, ids, True)
-    (reconstruction + consistency).backward()
-    norms = {
-        "cls_token": 3.401132521333e-02, "mask_token": 7.546651702929e-01,
-        "patch_embed.proj.weight": 3.782282256650e-02, "patch_embed.proj.bias": 6.329998575291e-03,
-        "blocks.0.attn.qkv.weight": 1.312531260680e-02, "blocks.1.mlp.fc2.bias": 3.945163818825e-02,
-        "norm.weight": 4.430942325857e-02, "decoder_embed.weight": 6.784377549144e-01,
-        "decoder_blocks.0.norm1.weight": 1.044285534716e-01, "decoder_pred.weight": 5.942126578311e-01,
-        "decoder_pred.bias": 1.692944472933e-01,
-    }  # fmt: skip
-    parameters = dict(student.named_parameters())
-    for name, wanted in norms.items():
-        assert_near(parameters[name].grad.norm(), wanted)
-    assert_near(torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]).norm(), 4.171629732449)
-
-    optimizer = adamw(decay_groups(student.named_parameters(), 0.05), OptimConfig())
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-    update(optimizer, TRUE)
-    with torch.no_grad():
-        ema_update(list(teacher.parameters()), list(student.parameters()), 0.996, TRUE)
-    sums = [
-        (sum(p.sum() for p in n.parameters()), sum((p**2).sum() for p in n.parameters())) for n in (student, teacher)
-    ]
-    assert_near(sums[0][0], 472.042104981766)
-    assert_near(sums[0][1], 1011.523743973289)
-    assert_near(sums[1][0], 472.111021880940)
-    assert_near(sums[1][1], 1012.135675202375)
-    reconstruction, consistency, _, _ = losses_of(student, teacher, images, ids, True)
-    assert_near(reconstruction, 2.225695653280789)
-    assert_near(consistency, 0.008634652423975)
+def test_worked_fixture() -> None:
+    """Spec section 9, in float64: masking, predictions, losses, gradients, AdamW, teacher, second forward."""
+    require(worked_step())
 
 
 # ---- fast path against plain twin ----------------------------------------------------------------------------------
@@ -411,29 +316,8 @@ def test_shape_mismatch_is_named() -> None:
         hidden_patch_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
 
 
-def test_schedules_match_the_reference(shared: Path) -> None:
-    from core.optim import cosine_momentum, peak_lr, warmup_cosine
-
-    golden = json.loads((shared / "golden" / "schedules_pretrain.json").read_text())
-    for recipe in golden["recipes"].values():
-        s = recipe["settings"]
-        lr = peak_lr(s["blr"], s["effective_batch"])
-        assert lr == pytest.approx(recipe["lr"], rel=1e-12)
-        for epoch, iteration, wanted, quarter in recipe["rows"]:
-            value = warmup_cosine(
-                epoch + iteration / s["iterations_per_epoch"],
-                lr=lr, epochs=s["epochs"], warmup_epochs=s["warmup_epochs"], min_lr=s["min_lr"],
-            )  # fmt: skip
-            assert value == pytest.approx(wanted, rel=1e-12, abs=1e-300)
-            assert 0.25 * value == pytest.approx(quarter, rel=1e-12, abs=1e-300)
-        for iteration, wanted in recipe.get("momentum_full_cosine", []):
-            total = s["epochs"] * s["iterations_per_epoch"]
-            assert cosine_momentum(iteration, momentum=s["momentum"], total_steps=total) == pytest.approx(
-                wanted, rel=1e-12
-            )
-        if s["epochs"] == 1600:  # why the default is a constant: the published loop never leaves it
-            for _, wanted in recipe["momentum_as_run"]:
-                assert wanted == pytest.approx(s["momentum"], rel=1e-6)
+def test_schedules_match_the_reference() -> None:
+    require(schedules(FOLDER))
 
 
 def test_decay_groups() -> None:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from core.attention import num_distances, relative_position_index
 from core.vit import ViT, ViTConfig, resize_pos_embed
-from tests.segmentation_golden import CLOSE, Golden, load_golden, part
+from tools.verify.golden import Golden, part, read_golden
 from transfer.segmentation.segmentor import published_blocks, segmentation_vit
 from transfer.segmentation.weights import from_mmseg
 
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
 TINY = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 @pytest.fixture(scope="module")
 def golden(shared: Path) -> Golden:
-    return load_golden(shared, "backbone")[0]
+    return read_golden(shared / "golden", "segmentation_backbone")[0]
 
 
 def vit_of(weights: Golden, img_size: tuple[int, int], **changes: bool) -> ViT:
@@ -87,7 +88,7 @@ def test_mmsegmentations_plain_vit(golden: Golden, case: str) -> None:
 
 
 def test_resized_positions(shared: Path) -> None:
-    golden, _ = load_golden(shared, "pos_embed")
+    golden, _ = read_golden(shared / "golden", "segmentation_pos_embed")
     grids = {"14_to_10": ((14, 14), (10, 10)), "14_to_32": ((14, 14), (32, 32)), "4x4_to_5x7": ((4, 4), (5, 7)),
              "6x4_to_3x9": ((6, 4), (3, 9))}  # fmt: skip
     assert {key.partition(".")[0] for key in golden} == grids.keys()
@@ -97,7 +98,7 @@ def test_resized_positions(shared: Path) -> None:
 
 
 def test_relative_position_index(shared: Path) -> None:
-    golden, _ = load_golden(shared, "rel_index")
+    golden, _ = read_golden(shared / "golden", "segmentation_rel_index")
     for size in ("1x1", "2x3", "3x5", "4x4", "32x32", "40x40"):
         rows, columns = map(int, size.split("x"))
         index = relative_position_index((rows, columns))

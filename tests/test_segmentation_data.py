@@ -16,25 +16,22 @@ from core.errors import DataError
 from core.images import BadImage
 from core.loader import EpochOrder, Loaded, TrainingImages, eval_loader, image_loader, sample_rng, worker_faults
 from core.transforms import normalized_images
-from tests.segmentation_golden import load_golden
+from tests.golden_files import require
 from tests.segmentation_sets import Size, blocks, palette_image, picture, read_pairs, save_pair
+from tools.verify.golden import FOLDER
+from tools.verify.segmentation_data import augmentation
 from transfer.segmentation.augment import (
     AugmentConfig,
     augment,
     distorted,
     drawn_crop,
-    drawn_size,
     fitted_size,
-    flips,
-    resize_image,
-    resize_label,
 )
 from transfer.segmentation.classes import open_classes
 from transfer.segmentation.data import (
     Collate,
     EvaluationBatch,
     PrepareSegmentation,
-    Sample,
     evaluation_images,
     normalized,
     one_image,
@@ -53,66 +50,8 @@ def draws(seed: int) -> np.random.RandomState:
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, np.ndarray]:
-    """The reference's arrays; images in its order, blue first."""
-    return {name: tensor.numpy() for name, tensor in load_golden(shared, "augment")[0].items()}
-
-
-@pytest.fixture(scope="module")
-def recipe(shared: Path) -> tuple[AugmentConfig, dict[str, Any]]:
-    settings = load_golden(shared, "augment")[1]["config"]
-    low, high = settings["resize"]["ratio_range"]
-    scale = tuple(settings["resize"]["scale"])
-    return AugmentConfig(scale=scale, min_ratio=low, max_ratio=high, flip_ratio=settings["flip"]), settings
-
-
-def swapped(image: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(image[..., ::-1])
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_golden_augmentations_one_by_one(
-    golden: dict[str, np.ndarray], recipe: tuple[AugmentConfig, dict[str, Any]], seed: int
-) -> None:
-    config, settings = recipe
-    image, label, only = swapped(golden["input.image"]), golden["input.label"], settings["crop_only"]
-    size = drawn_size(label.shape, config, draws(seed))
-    assert size == tuple(golden[f"seed{seed}.resize.size"])
-    if f"seed{seed}.resize.image" in golden:
-        assert np.array_equal(swapped(resize_image(image, size)), golden[f"seed{seed}.resize.image"])
-        assert np.array_equal(resize_label(label, size), golden[f"seed{seed}.resize.label"])
-    rows, columns = drawn_crop(golden[f"input.{only['label']}"], only["size"], 255, only["cat_max_ratio"], draws(seed))
-    assert [rows.start, columns.start] == golden[f"seed{seed}.crop.offset"].tolist()
-    assert flips(config, draws(seed)) == bool(golden[f"seed{seed}.flip"])
-    found = distorted(np.ascontiguousarray(image[:30, :44]), draws(seed))
-    assert np.array_equal(swapped(found), golden[f"seed{seed}.photometric.image"])
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_golden_augmentations_in_order(
-    golden: dict[str, np.ndarray], recipe: tuple[AugmentConfig, dict[str, Any]], seed: int
-) -> None:
-    config, settings = recipe
-    image, label = augment(
-        swapped(golden["input.image"]), golden["input.label"], settings["crop"], 255, config, draws(seed)
-    )
-    assert np.array_equal(swapped(image), golden[f"seed{seed}.all.image"])
-    assert np.array_equal(label, golden[f"seed{seed}.all.label"])
-
-
-def test_golden_normalisation_and_padding(golden: dict[str, np.ndarray]) -> None:
-    image = torch.from_numpy(golden["normalise.input"]).flip(0)
-    batch = Collate(64, 255)([Sample(image, torch.from_numpy(golden["normalise.label"]), 0)])
-    found = normalized(batch, torch.float32)[0]
-    torch.testing.assert_close(found[:, ::2, ::2], torch.from_numpy(golden["normalise.output"]), atol=1e-5, rtol=0)
-    assert np.array_equal(batch.labels[0].numpy(), golden["normalise.output_label"])
-    assert batch.sizes.tolist() == [[30, 44]]
-
-
-def test_golden_sizes_of_the_evaluation(golden: dict[str, np.ndarray]) -> None:
-    for width, height, new_width, new_height in golden["test_resize"].tolist():
-        assert fitted_size((height, width), (2048, 512)) == (new_height, new_width)
+def test_golden() -> None:
+    require(augmentation(FOLDER))
 
 
 # ---- augmentation ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Neck, heads and cross entropy: golden values of mmsegmentation, and what must hold besides."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -7,113 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.segmentation_golden import CLOSE, Golden, load_golden, part, require_gradients
-from transfer.segmentation.losses import pixel_accuracy_pct, pixel_cross_entropy
+from tests.golden_files import require
+from tools.verify.golden import FOLDER, read_golden
+from tools.verify.measure import Measure
+from tools.verify.segmentation_parts import heads, losses, neck
+from transfer.segmentation.losses import pixel_cross_entropy
 from transfer.segmentation.necks import Feature2Pyramid
 from transfer.segmentation.resizing import conv3x3_of_resized, resize
 from transfer.segmentation.upernet import FCNHead, UPerHead, channel_dropout
-from transfer.segmentation.weights import from_mmseg
 
 SCALES = (1, 2, 3, 6)
-
-
-def neck_of(golden: Golden) -> Feature2Pyramid:
-    state, _ = from_mmseg({f"neck.{name}": tensor for name, tensor in part(golden, "pyramid.weight.").items()})
-    neck = Feature2Pyramid(48)
-    neck.load_state_dict(part(state, "neck."))
-    return neck
-
-
-def heads_of(golden: Golden) -> nn.ModuleDict:
-    """Decode head and auxiliary head by their names, without dropout."""
-    state, _ = from_mmseg(part(golden, "weight."))
-    heads = nn.ModuleDict(
-        {"decode_head": UPerHead(48, 32, 7, SCALES, 0.0), "auxiliary_head": FCNHead(48, 16, 7, dropout_ratio=0.0)}
-    )
-    heads.load_state_dict(state)
-    return heads
-
-
-def inputs_of(golden: Golden, prefix: str = "input") -> list[Tensor]:
-    return [golden[f"{prefix}{i}"] for i in range(4)]
 
 
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-def test_neck(shared: Path) -> None:
-    golden, _ = load_golden(shared, "neck")
-    neck, maps = neck_of(golden), inputs_of(golden, "pyramid.input")
-    outputs = neck.eval()([x[:1] for x in maps])
-    for i in (0, 1, 3):
-        torch.testing.assert_close(outputs[i], golden[f"pyramid.eval.output{i}"], **CLOSE)
-    assert torch.equal(outputs[2], maps[2][:1])
-    torch.testing.assert_close(neck.train()(maps)[0], golden["pyramid.train.output0"], **CLOSE)
-    norm, expected = neck.upsample_4x[1], part(golden, "pyramid.train.after.upsample_4x.1.")
-    torch.testing.assert_close(norm.running_mean, expected["running_mean"], **CLOSE)
-    torch.testing.assert_close(norm.running_var, expected["running_var"], **CLOSE)
-
-
-def test_heads(shared: Path) -> None:
-    golden, _ = load_golden(shared, "head")
-    heads, maps = heads_of(golden).eval(), inputs_of(golden)
-    torch.testing.assert_close(heads["decode_head"](maps), golden["decode_head.logits"], **CLOSE)
-    torch.testing.assert_close(heads["auxiliary_head"](maps[2]), golden["auxiliary_head.logits"], **CLOSE)
-
-
-def test_pyramid_pooling(shared: Path) -> None:
-    golden, _ = load_golden(shared, "head")
-    ppm = heads_of(golden).eval()["decode_head"].ppm
-    torch.testing.assert_close(ppm(golden["ppm.big.input"]), golden["ppm.big.output"], **CLOSE)
-    torch.testing.assert_close(ppm(golden["input3"]), golden["ppm.small.output"], **CLOSE)
-
-
-def test_losses_of_given_scores(shared: Path) -> None:
-    golden, meta = load_golden(shared, "loss")
-    labels, weight = golden["label"], meta["config"]["aux_weight"]
-    main, aux = golden["logits.main"], golden["logits.aux"]
-    expected = part(golden, "given_logits.")
-    torch.testing.assert_close(
-        pixel_cross_entropy(main, labels, "all_pixels", 255), expected["decode.loss_ce"], **CLOSE
-    )
-    torch.testing.assert_close(
-        weight * pixel_cross_entropy(aux, labels, "all_pixels", 255), expected["aux.loss_ce"], **CLOSE
-    )
-    usual = pixel_cross_entropy(main, labels, "valid_pixels", 255)
-    torch.testing.assert_close(usual, golden["not_this.mean_over_valid_pixels"], **CLOSE)
-    for logits, name in ((main, "decode"), (aux, "aux")):
-        torch.testing.assert_close(pixel_accuracy_pct(logits, labels, 255), expected[f"{name}.acc_seg"][0], **CLOSE)
-
-
-def test_heads_in_training(shared: Path) -> None:
-    golden, meta = load_golden(shared, "loss")
-    heads, maps = heads_of(golden).train(), [x.requires_grad_() for x in inputs_of(golden)]
-    labels, expected = golden["label"], part(golden, "train.")
-    scores = {"decode": heads["decode_head"](maps), "aux": heads["auxiliary_head"](maps[2])}
-    losses = {name: pixel_cross_entropy(x, labels, "all_pixels", 255) for name, x in scores.items()}
-    losses["aux"] = meta["config"]["aux_weight"] * losses["aux"]
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, expected[f"{name}.loss_ce"], **CLOSE)
-        accuracy = pixel_accuracy_pct(scores[name], labels, 255)
-        torch.testing.assert_close(accuracy, expected[f"{name}.acc_seg"][0], **CLOSE)
-    sum(losses.values()).backward()
-    for i, x in enumerate(maps):
-        difference = (x.grad - expected[f"grad.input{i}"]).norm()
-        assert difference <= 1e-2 * (expected[f"grad.input{i}"].norm() + 1e-6)
-    names = from_mmseg(part(golden, "weight."))[1].mapped
-    parameters = dict(heads.named_parameters())
-    found = {theirs: parameters[ours].grad for theirs, ours in names.items() if ours in parameters}
-    require_gradients(found, dict(zip(meta["gradient_names"], expected["grad_norm"].tolist(), strict=True)))
-    buffers = dict(heads.named_buffers())
-    after = part(expected, "after.")
-    assert len(after) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in heads.modules())
-    for name, buffer in after.items():
-        torch.testing.assert_close(buffers[names[name]], buffer, **CLOSE)
+@pytest.mark.parametrize("compared", [neck, heads, losses], ids=["neck", "heads", "losses"])
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
 @pytest.mark.parametrize("average", ["all_pixels", "valid_pixels"])
-def test_the_loss_of_ignored_pixels_is_zero(shared: Path, average: str) -> None:
-    golden, _ = load_golden(shared, "loss")
+def test_the_loss_of_ignored_pixels_is_zero(average: str) -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_loss")
     assert golden["all_ignored.decode.loss_ce"] == golden["all_ignored.aux.loss_ce"] == 0
     logits = golden["logits.main"].requires_grad_()
     loss = pixel_cross_entropy(logits, torch.full_like(golden["label"], 255), average, 255)

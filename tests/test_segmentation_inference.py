@@ -1,32 +1,31 @@
 """From windows to labels, and from labels to scores: golden values of mmsegmentation, equivalences, refusals."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from core.vit import ViT, ViTConfig
-from tests.segmentation_golden import load_golden, part, segmentor_of
+from tests.golden_files import require
+from tools.verify.golden import FOLDER, read_golden
+from tools.verify.measure import Measure
+from tools.verify.segmentation_model import WHOLE, image_logits, sliding_window, whole_scores
+from tools.verify.segmentation_parts import metric
 from transfer.segmentation.linear_head import LinearSegmentor
 from transfer.segmentation.miou import confusion_matrix, scores_of
 from transfer.segmentation.resizing import CoarseLogits, resize
 from transfer.segmentation.segmentor import LabelsConfig, Segmentor, SegmentorConfig, build_segmentor, segmentation_vit
 from transfer.segmentation.slide import (
     BLOCK_PX,
-    HasLogits,
-    ImageScores,
     InferenceConfig,
     image_labels,
     image_scores,
     labels_of,
     window_starts,
 )
-
-SLIDE, WHOLE = InferenceConfig(crop=64, stride=43), InferenceConfig(mode="whole")
-SCORES = {"atol": 1e-3, "rtol": 0.0}
 
 
 def tiny_vit(**changes: bool) -> ViT:
@@ -45,84 +44,22 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
-def full(scores: ImageScores) -> Tensor:
-    """All scores at once, [B, K, H, W]."""
-    B, H, W, K = len(scores.values), len(scores.rows), len(scores.columns), scores.values.shape[-1]
-    whole = torch.full((B, H, W, K), torch.nan)
-    for rows, columns, block in scores.blocks():
-        whole[:, rows, columns] = block
-    return whole.permute(0, 3, 1, 2)
-
-
-def image_logits(model: HasLogits, images: Tensor, config: InferenceConfig = WHOLE) -> Tensor:
-    return full(image_scores(model, images, config))
-
-
-def scores_at_size(values: Tensor) -> ImageScores:
-    """Scores [B, K, H, W] that are those of pixels already."""
-    return ImageScores(values.permute(0, 2, 3, 1), torch.eye(values.shape[2]), torch.eye(values.shape[3]))
-
-
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-def test_windows(shared: Path) -> None:
-    golden, _ = load_golden(shared, "slide")
-    expected: dict[tuple[int, ...], list[list[int]]] = {}
-    for row in golden["windows"].tolist():
-        expected.setdefault(tuple(row[:4]), []).append(row[4:])
-    assert len(expected) == 7
-    for (crop, stride, height, width), windows in expected.items():
-        tops, lefts = window_starts(height, crop, stride), window_starts(width, crop, stride)
-        assert [[top, left, crop, crop] for top in tops for left in lefts] == windows
+@pytest.mark.parametrize("compared", [sliding_window, metric], ids=["sliding_window", "metric"])
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
-def test_sliding_window(shared: Path) -> None:
-    golden, meta = load_golden(shared, "slide")
-    model = segmentor_of(golden, meta)
-    first = image_logits(model, golden["input.wide"][..., :64])
-    torch.testing.assert_close(first[:, :, ::2, ::2], golden["first_window.logits_every_second"], **SCORES)
-    for case in ("wide", "tall"):
-        scores = image_logits(model, golden[f"input.{case}"], SLIDE)
-        torch.testing.assert_close(scores[:, :, ::2, ::2], golden[f"{case}.logits_every_second"], **SCORES)
-    size = tuple(meta["config"]["final_size"])
-    final = full(image_scores(model, golden["input.wide"], SLIDE).at(size))
-    torch.testing.assert_close(final[0, :, ::2, ::2], golden["wide.final_logits_every_second"], **SCORES)
-    prediction = image_labels(model, [golden["input.wide"]], size, SLIDE)
-    assert torch.equal(prediction[0], golden["wide.prediction"].long())
+def test_most_pixels_of_merged_views_are_compared() -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_slide")
+    assert (golden["merge.undecided"] == 0).float().mean() > 0.9
 
 
-def test_merged_views(shared: Path) -> None:
-    golden, _ = load_golden(shared, "slide")
-    views = [scores_at_size(golden[f"merge.input{i}"]) for i in range(4)]
-    found = labels_of([(view.mirrored() if i % 2 else view).at((25, 36)) for i, view in enumerate(views)])[0]
-    decided = golden["merge.undecided"] == 0
-    assert decided.float().mean() > 0.9
-    assert torch.equal(found[decided], golden["merge.prediction"].long()[decided])
-
-
-@pytest.mark.parametrize("case", ["toy", "two_images"])
-def test_metric(shared: Path, case: str) -> None:
-    golden, meta = load_golden(shared, "metric")
-    expected, ignore_index = part(golden, f"{case}."), meta["config"]["ignore_index"]
-    pairs = zip(expected["prediction"], expected["label"], strict=True)
-    confusion = sum(confusion_matrix(prediction, label, 6, ignore_index) for prediction, label in pairs)
-    assert confusion.dtype == torch.int64
-    counts = {
-        "intersection": confusion.diagonal(),
-        "label_pixels": confusion.sum(1),
-        "prediction_pixels": confusion.sum(0),
-    }
-    counts["union"] = counts["label_pixels"] + counts["prediction_pixels"] - counts["intersection"]
-    for name, count in counts.items():
-        assert torch.equal(count, expected[name].long())
-    scores = scores_of(confusion)
-    close = {"atol": 1e-5, "rtol": 0, "equal_nan": True}
-    torch.testing.assert_close(scores.iou, expected["IoU"], **close)
-    torch.testing.assert_close(scores.acc, expected["Acc"], **close)
-    assert scores.aacc == pytest.approx(float(expected["aAcc"]), abs=1e-5)
-    for found, name in ((scores.aacc, "aAcc"), (scores.miou, "mIoU"), (scores.macc, "mAcc")):
-        assert np.round(100 * found, 2) == pytest.approx(float(expected[f"rounded.{name}"]), abs=1e-5)
+def test_confusion_is_counted_in_whole_numbers() -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_metric")
+    assert confusion_matrix(golden["toy.prediction"], golden["toy.label"], 6, 255).dtype == torch.int64
 
 
 # ---- equivalences ---------------------------------------------------------------------------------------------------
@@ -189,7 +126,7 @@ def test_scores_in_blocks_are_those_of_plain_windows(size: tuple[int, int]) -> N
     expected = resize(total / count, size)
     scores = image_scores(model, images, config).at(size)
     assert sum(1 for _ in scores.blocks()) == -(-size[0] // BLOCK_PX["cpu"]) * -(-size[1] // BLOCK_PX["cpu"])
-    torch.testing.assert_close(full(scores), expected)
+    torch.testing.assert_close(whole_scores(scores), expected)
     highest = expected.topk(2, dim=1).values
     decided = highest[:, 0] - highest[:, 1] > 1e-5
     assert decided.float().mean() > 0.9
@@ -199,7 +136,7 @@ def test_scores_in_blocks_are_those_of_plain_windows(size: tuple[int, int]) -> N
 def test_scores_stay_float32_under_autocast() -> None:
     scores = image_scores(tiny_segmentor(), noise(1, 3, 40, 56), WHOLE).at((64, 70))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(full(scores), full(scores))
+        assert torch.equal(whole_scores(scores), whole_scores(scores))
         assert all(block.dtype == torch.float32 for _, _, block in scores.blocks())
 
 

@@ -1,6 +1,6 @@
 """The whole segmentor: its losses and gradients, parameter groups, schedule, weights of mmsegmentation, running statistics."""
 
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from core.distributed import Processes
 from core.errors import CheckpointError
-from core.optim import decays_but_biases, layer_decay_groups, warmup_poly
+from core.optim import warmup_poly
 from core.vit import ViT, ViTConfig, drop_path_scales
-from tests.segmentation_golden import CLOSE, load_golden, part, require_gradients, segmentor_of
+from tests.golden_files import require
+from tools.verify.golden import FOLDER, part, read_golden
+from tools.verify.measure import Measure
+from tools.verify.parameter_groups import segmentor_groups
+from tools.verify.segmentation_data import schedules
+from tools.verify.segmentation_model import training
 from transfer.segmentation.batch_norm import RunningStatistics
-from transfer.segmentation.losses import pixel_accuracy_pct
 from transfer.segmentation.segmentor import Segmentor, SegmentorConfig, build_segmentor, segmentation_vit
 from transfer.segmentation.weights import from_mmseg, sizes_of, to_mmseg
 
@@ -41,78 +45,11 @@ def batch(num_images: int = 2) -> tuple[Tensor, Tensor]:
 # ---- golden values --------------------------------------------------------------------------------------------------
 
 
-def test_losses_and_gradients(shared: Path) -> None:
-    golden, meta = load_golden(shared, "slide")
-    model, expected = segmentor_of(golden, meta).train(), part(golden, "train.")
-    losses = model.losses(expected["input"], expected["label"])
-    torch.testing.assert_close(losses["loss_decode"], expected["decode.loss_ce"], **CLOSE)
-    torch.testing.assert_close(losses["loss_aux"], expected["aux.loss_ce"], **CLOSE)
-    sum(losses.values()).backward()
-    parameters = dict(model.named_parameters())
-    names = {old: new for old, new in from_mmseg(part(golden, "weight."))[1].mapped.items() if new in parameters}
-    gradients = {theirs: parameters[ours].grad for theirs, ours in names.items()}
-    require_gradients(gradients, dict(zip(meta["gradient_names"], expected["grad_norm"].tolist(), strict=True)))
-    for name, gradient in part(expected, "grad.").items():
-        assert (gradients[name] - gradient).norm() <= 1e-2 * (gradient.norm() + 1e-6), name
-    norm = model.neck.upsample_4x[1]
-    torch.testing.assert_close(norm.running_mean, expected["after.neck.upsample_4x.1.running_mean"], **CLOSE)
-    torch.testing.assert_close(norm.running_var, expected["after.neck.upsample_4x.1.running_var"], **CLOSE)
-
-
-def test_pixel_accuracy_in_training(shared: Path) -> None:
-    golden, meta = load_golden(shared, "slide")
-    model, expected = segmentor_of(golden, meta).train(), part(golden, "train.")
-    maps = model.features(expected["input"])
-    scores = {"decode": model.decode_head(maps), "aux": model.auxiliary_head(maps[2])}
-    for name, logits in scores.items():
-        found = pixel_accuracy_pct(logits, expected["label"], 255)
-        torch.testing.assert_close(found, expected[f"{name}.acc_seg"][0], atol=1e-2, rtol=0)
-
-
-def groups_of(
-    model: nn.Module, depth: int, layer_decay: float, names: dict[str, str]
-) -> dict[str, tuple[float, float]]:
-    """Rate factor and weight decay by mmsegmentation's names."""
-    by_parameter = {parameter: names[name] for name, parameter in model.named_parameters()}
-    groups = layer_decay_groups(
-        model.named_parameters(), depth, layer_decay, 0.05, prefix="backbone.", decays=decays_but_biases
-    )
-    return {by_parameter[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
-
-
-def test_parameter_groups_of_a_tiny_model(shared: Path) -> None:
-    expected = json.loads((shared / "golden" / "segmentation_param_groups.json").read_text())["tiny_mae"]
-    golden, meta = load_golden(shared, "slide")
-    model = segmentor_of(golden, meta)
-    names = {ours: theirs for theirs, ours in from_mmseg(part(golden, "weight."))[1].mapped.items()}
-    found = groups_of(model, expected["depth"], expected["layer_decay"], names)
-    assert found.keys() == expected["parameters"].keys()
-    for name, (factor, decay) in expected["parameters"].items():
-        assert found[name] == (pytest.approx(factor, rel=1e-9), decay), name
-
-
-def test_parameter_groups_of_the_published_model(shared: Path) -> None:
-    expected = json.loads((shared / "golden" / "segmentation_param_groups.json").read_text())["mae_base"]
-    with torch.device("meta"):
-        model = build_segmentor(ViT(MAE_BASE), SegmentorConfig())
-    assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
-    names = to_mmseg(model.state_dict(), MAE_BASE)[1].mapped
-    found = groups_of(model, 12, 0.65, names)
-    groups = expected["lr_factor_and_weight_decay_to_names"]
-    assert len(found) == sum(map(len, groups.values()))
-    for text, members in groups.items():
-        factor, decay = map(float, text.split())
-        for name in members:
-            assert found[name] == (pytest.approx(factor, rel=1e-9), decay), name
-
-
-def test_the_published_schedules(shared: Path) -> None:
-    recipes = json.loads((shared / "golden" / "segmentation_schedule.json").read_text())["recipes"]
-    assert len(recipes) == 3
-    for recipe in recipes.values():
-        for step, expected in recipe["lr"]:
-            found = warmup_poly(step, total_steps=recipe["iterations"], warmup_steps=1500)
-            assert found == pytest.approx(expected / recipe["base_lr"], abs=1e-7), step
+@pytest.mark.parametrize(
+    "compared", [training, segmentor_groups, schedules], ids=["training", "parameter_groups", "schedules"]
+)
+def test_golden(compared: Callable[[Path], Iterator[Measure]]) -> None:
+    require(compared(FOLDER))
 
 
 def test_schedules_of_few_steps() -> None:
@@ -124,8 +61,8 @@ def test_schedules_of_few_steps() -> None:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def test_weights_come_back(shared: Path) -> None:
-    golden, _ = load_golden(shared, "slide")
+def test_weights_come_back() -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_slide")
     theirs = part(golden, "weight.")
     ours, report = from_mmseg(theirs | {"data_preprocessor.mean": torch.zeros(3)})
     assert report.ignored == ("data_preprocessor.mean",) and len(report.mapped) == len(theirs) == len(ours)
@@ -167,8 +104,8 @@ def test_a_plain_vit_is_complete_for_mmsegmentation() -> None:
         ("backbone.ln1.weight", "no place for backbone.ln1.weight"),
     ],
 )
-def test_other_networks_are_refused_by_name(shared: Path, name: str, line: str) -> None:
-    golden, _ = load_golden(shared, "slide")
+def test_other_networks_are_refused_by_name(name: str, line: str) -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_slide")
     with pytest.raises(CheckpointError, match=line):
         from_mmseg(part(golden, "weight.") | {name: torch.zeros(1)})
 
@@ -182,8 +119,8 @@ def test_other_networks_are_refused_by_name(shared: Path, name: str, line: str) 
         ({"auxiliary_head.conv.bn.weight": None}, "no weights of UperNet on a ViT: 'auxiliary_head.conv.bn.weight'"),
     ],
 )
-def test_sizes_that_cannot_be_told(shared: Path, change: dict[str, Tensor | None], line: str) -> None:
-    golden, _ = load_golden(shared, "slide")
+def test_sizes_that_cannot_be_told(change: dict[str, Tensor | None], line: str) -> None:
+    golden, _ = read_golden(FOLDER, "segmentation_slide")
     state = {**from_mmseg(part(golden, "weight."))[0], **change}
     with pytest.raises(CheckpointError, match=line):
         sizes_of({name: tensor for name, tensor in state.items() if tensor is not None})

@@ -65,6 +65,15 @@ def _number(figure: float | None) -> float:
 
 def made_up_set(num_images: int, rng: np.random.Generator) -> tuple[CocoSet, list[np.ndarray]]:
     """Images of ellipses, and the boxes [G, 4] xyxy of each image."""
+    tree, boxes = made_up_tree(num_images, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made_up.json"
+        path.write_text(json.dumps(tree))
+        return read_coco(CocoPaths(path, Path(folder))), boxes
+
+
+def made_up_tree(num_images: int, rng: np.random.Generator) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The same as COCO's JSON."""
     annotations: list[dict[str, Any]] = []
     boxes = []
     for index in range(num_images):
@@ -83,11 +92,8 @@ def made_up_set(num_images: int, rng: np.random.Generator) -> tuple[CocoSet, lis
                 }
             )
     images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(num_images)]
-    tree = {"images": images, "annotations": annotations, "categories": [{"id": i} for i in range(NUM_CLASSES)]}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "made_up.json"
-        path.write_text(json.dumps(tree))
-        return read_coco(CocoPaths(path, Path(folder))), boxes
+    categories = [{"id": i} for i in range(NUM_CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}, boxes
 
 
 def made_up_rows(coco: CocoSet, boxes: list[np.ndarray], per_image: int, rng: np.random.Generator) -> list[Row]:

@@ -218,7 +218,7 @@ def export(
     from tools.export import export_run
 
     target = export_run(source, branch, out)
-    print(f"{shown(target)}: timm.create_model('local-dir:{shown(target)}', pretrained=True)")
+    print(f"{shown(target)}: timm.create_model({f'local-dir:{target}'!r}, pretrained=True)")
 
 
 @app.command()
@@ -281,15 +281,23 @@ def corrupt(
 
 @app.command()
 def doctor(settings: Settings = None) -> int:
-    """Look at a data set before training: what is wrong, and what training will do with each fault.
+    """Look at the installation, or at a data set before training: what is wrong, and what is to be done about it.
 
-    Exit code 0: it can be trained on; 3: it cannot. COCO's layout, or any COCO-format JSON and its image folder; images
-    with label PNGs: every stored value, and what classes=, label_shift=, label_map= and ignore_index= make of it.
+    Without arguments: versions, GPU, decoders, loader workers, memory, where runs are written. A line each, and exit
+    code 0 if all works, else that of the first fault. With a data set, 0: it can be trained on; 3: it cannot. COCO's
+    layout, or any COCO-format JSON and its image folder; images with label PNGs: every stored value, and what classes=,
+    label_shift=, label_map= and ignore_index= make of it.
+    Example: rcmae doctor; rcmae doctor out=/mnt/runs loader.num_workers=8
     Example: rcmae doctor data=my_coco; rcmae doctor data=my_set classes=classes.txt label_shift=1 out=pictures
     """
-    from core.config import load_config
-    from tools.doctor import DoctorConfig
-    from tools.doctor import doctor as run
+    try:
+        from core.config import load_config
+        from tools.doctor import DoctorConfig
+        from tools.doctor import doctor as run
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        raise MachineError(
+            f"a library cannot be imported: {shown(str(error))}; make venv sets all up in .venv"
+        ) from None
 
     return run(load_config(DoctorConfig, *split(settings or [])))
 
@@ -364,6 +372,19 @@ def chain(settings: Settings = None, dry_run: DryRun = False) -> None:
         print(plan(path, overrides))
     else:
         run_chain(path, overrides)
+
+
+@app.command()
+def verify(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows into this file as well.")] = None,
+) -> int:
+    """Compare every component with its reference implementation: live where installed, else with stored results.
+
+    Exit code 1 if one is further away than its tolerance. Half a minute, no data, no network.
+    """
+    from tools.verify.run import verify as run
+
+    return run(json_file)
 
 
 @app.command()

@@ -13,12 +13,14 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
+@cache
 def load_package() -> Callable[..., np.ndarray]:
     """imagecorruptions.corrupt, after the names are supplied that have gone since it was written."""
     import cv2

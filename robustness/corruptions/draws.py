@@ -1,7 +1,8 @@
 """Where the randomness of a corruption comes from: a generator of each image's own, on the host or on the device.
 
-A corruption asks its source in the order of the reference implementation. So a source over NumPy's legacy global stream
-(tests/legacy_draws.py) gives the reference's own draws, in float64; the arithmetic follows the type of the draws.
+A corruption asks its source in the order of the reference implementation. So a source over NumPy's legacy global
+stream (tools/verify/legacy_draws.py) gives the reference's own draws, in float64; the arithmetic
+follows the type of the draws.
 """
 
 from typing import Protocol

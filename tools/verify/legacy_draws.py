@@ -1,5 +1,8 @@
 """The draws of the reference implementations: NumPy's legacy stream, float64, pixels in their order (H, W, 3)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,15 +20,19 @@ class LegacySource:
         self.rng = rng
 
     def normal(self, *shape: int) -> Tensor:
+        """Standard normal."""
         return self._in_order(shape, self.rng.standard_normal)
 
     def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1)."""
         return self._in_order(shape, self.rng.random)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers in [low, high)."""
+        assert isinstance(self.rng, np.random.RandomState), "where a Generator is used no whole numbers are drawn"
         return torch.as_tensor(np.asarray(self.rng.randint(low, high, size=shape)))
 
-    def _in_order(self, shape: tuple[int, ...], draw) -> Tensor:
+    def _in_order(self, shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Any]) -> Tensor:
         if len(shape) == 3 and shape[0] == 3:  # [3, H, W] here, drawn as (H, W, 3) there
             return torch.as_tensor(draw((*shape[1:], 3))).permute(2, 0, 1)
         return torch.as_tensor(draw(shape))
@@ -40,7 +47,7 @@ def legacy_draws(
     textures: FrostTextures | None = None,
 ) -> Draws:
     """What the reference draws for one image [3, H, W] after np.random.seed(seed), as a batch of one."""
-    case = Case(severity, definition, *image.shape[1:], textures)
+    case = Case(severity, definition, image.shape[1], image.shape[2], textures)
     rng = np.random.RandomState(seed)
     draw_one = CORRUPTIONS[name].draw
     if draw_one is None:
