@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: venv demo test soak lint types check
+.PHONY: venv mmseg demo test soak lint types check
 
 venv: $(READY)
 
@@ -14,6 +14,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps imagecorruptions==1.1.2
 	touch $(READY)
+
+# The reference engine of `rcmae segment framework=mmseg`, which nothing else needs; CI tests with it.
+mmseg: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-mmseg.lock
 
 demo: venv
 	$(BIN)/rcmae demo

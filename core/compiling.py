@@ -40,15 +40,18 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(task: Task) -> None:
+def compile_blocks(task: Task) -> bool:
     """Compile every block of the task's modules in place: the same code serves all blocks of a shape.
 
     Only `forward` is replaced: names of parameters stay, and what wraps a call (FSDP2) stays outside.
+
+    Returns: whether there were any; networks of other frameworks have none.
     """
-    for module in task.modules().values():
-        for block in blocks(module):
-            # Each shape is compiled for itself: whichever came first would otherwise decide how the others round.
-            block.forward = torch.compile(block.forward, dynamic=False)
+    found = [block for module in task.modules().values() for block in blocks(module)]
+    for block in found:
+        # Each shape is compiled for itself: whichever came first would otherwise decide how the others round.
+        block.forward = torch.compile(block.forward, dynamic=False)
+    return bool(found)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -138,8 +138,8 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
             run.processes.enter(LOADING, progress.step)
             _warm_up(task, feed.peek(), run, progress.step)
         if progress.step == 0:
-            _evaluate(task, run, 0)
-        meter = _Meter(feed, run, progress.step)
+            evaluate(task, run, 0)
+        meter = Meter(feed, run, progress.step)
         first_step, saved_step = progress.step, progress.step if resumed else -1
         try:
             while progress.step < run.plan.total_steps:
@@ -151,26 +151,37 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
                 counts = flags.read(progress.step - 1 - FLAG_DELAY_STEPS)
                 # Alone, a process need not wait to hear that it was asked to stop itself.
                 stop = bool(stopped) if run.processes.size == 1 else bool(counts.stop)
-                due = _due(progress.step, run) or stop
+                due = is_due(progress.step, run) or stop
                 if due:  # no checkpoint before its own flags were read
                     counts = flags.read(progress.step)
                 _check(counts, progress, skipped_before, saved_step)
-                meter.update(progress.step, figures)
-                observed = task.observe(progress.step - 1)
-                if observed and run.log is not None:
-                    run.log.metrics(progress.step, observed)
-                if progress.step % run.config.evaluate_every_steps == 0 or progress.step == run.plan.total_steps:
-                    with meter.paused():
-                        _evaluate(task, run, progress.step)
-                if due:
-                    save(task, feed, progress, run)
-                    saved_step = progress.step
+                record_step(task, feed, progress, run, meter, figures, due)
+                saved_step = progress.step if due else saved_step
                 if stop and progress.step < run.plan.total_steps:
-                    by = stopped[0] if stopped else "a signal to another process"
-                    raise Preempted(f"stopped by {by} at step {progress.step}, saved; the same command goes on")
+                    raise preempted(stopped[0] if stopped else "a signal to another process", progress.step)
         finally:
             meter.stop()
     return progress
+
+
+def record_step(
+    task: Task, feed: Feed, progress: Progress, run: Fit, meter: "Meter", figures: dict[str, Any], due: bool
+) -> None:
+    """What follows a finished step: its figures in the log, an evaluation where one is due, a checkpoint if `due`."""
+    meter.update(progress.step, figures)
+    observed = task.observe(progress.step - 1)
+    if observed and run.log is not None:
+        run.log.metrics(progress.step, observed)
+    if progress.step % run.config.evaluate_every_steps == 0 or progress.step == run.plan.total_steps:
+        with meter.paused():
+            evaluate(task, run, progress.step)
+    if due:
+        save(task, feed, progress, run)
+
+
+def preempted(by: str, step: int) -> Preempted:
+    """The end of a run that was asked to stop, once its step is saved."""
+    return Preempted(f"stopped by {by} at step {step}, saved; the same command goes on")
 
 
 def train_step(
@@ -260,20 +271,8 @@ def choose_accumulation(batch_size: int, bytes_per_image: int, fixed_bytes: int,
 
 
 def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
-    """Load a verified checkpoint into task and optimizer. Raises: CheckpointError if it belongs to another model."""
-    try:
-        for stem, module in task.modules().items():
-            own = module.state_dict()
-            stored = checkpoint.tensors[stem]
-            module.load_state_dict({name: like(t, own[name]) if name in own else t for name, t in stored.items()})
-        names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
-        load_optimizer_state(run.optimizer, names, checkpoint.tensors["optimizer"])
-        progress = Progress(**checkpoint.state["progress"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}"
-        ) from None
+    """Load a verified checkpoint and say what will not be as it was. Raises: as `load_state`."""
+    progress = load_state(task, checkpoint, run.optimizer)
     here = {**run.info, **_layout(run), "rng": global_rng_digest()}
     for key, effect in _INEXACT.items():
         before, now = checkpoint.manifest["info"].get(key), here.get(key)
@@ -281,6 +280,23 @@ def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:
             logger.warning("not bit-exact from here: %s was %s, is %s%s", key, before, now, effect)
     logger.info("resumed from step %d of %d", progress.step, run.plan.total_steps)
     return progress
+
+
+def load_state(task: Task, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load a verified checkpoint into task and optimizer. Raises: CheckpointError if it belongs to another model."""
+    try:
+        for stem, module in task.modules().items():
+            own = module.state_dict()
+            stored = checkpoint.tensors[stem]
+            module.load_state_dict({name: like(t, own[name]) if name in own else t for name, t in stored.items()})
+        names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
+        load_optimizer_state(optimizer, names, checkpoint.tensors["optimizer"])
+        return Progress(**checkpoint.state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint of step {checkpoint.step} does not fit this configuration: {first}"
+        ) from None
 
 
 def save(task: Task, feed: Feed, progress: Progress, run: Fit) -> str:
@@ -331,7 +347,8 @@ def _require_equal(mine: dict[str, int], processes: Processes, step: int) -> Non
                 )
 
 
-def _due(step: int, run: Fit) -> bool:
+def is_due(step: int, run: Fit) -> bool:
+    """Whether a checkpoint is written after so many finished steps."""
     return step == run.plan.total_steps or step % run.checkpoint_config.every_steps == 0
 
 
@@ -347,7 +364,8 @@ def _check(counts: Counts, progress: Progress, skipped_before: int, saved_step: 
         )
 
 
-def _evaluate(task: Task, run: Fit, step: int) -> None:
+def evaluate(task: Task, run: Fit, step: int) -> None:
+    """Have a task evaluate and draw, and record what comes of it."""
     run.processes.enter(EVALUATING, step)
     with torch.compiler.set_stance("force_eager"):  # shapes of evaluations are not worth compiling
         figures = task.evaluate(step)
@@ -361,7 +379,7 @@ def _evaluate(task: Task, run: Fit, step: int) -> None:
         run.log.picture(step, name, pixels)
 
 
-class _Meter:
+class Meter:
     """Figures of the last log interval: losses, images/s, share of time waiting for data, memory, ETA."""
 
     def __init__(self, feed: Feed, run: Fit, step: int) -> None:
@@ -379,6 +397,7 @@ class _Meter:
         self._start += time.perf_counter() - begun
 
     def update(self, step: int, figures: dict[str, Any]) -> None:
+        """Add the figures of a finished step, numbers or 0-dim tensors; log their means where that is due."""
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._bar.advance(step)
@@ -405,4 +424,5 @@ class _Meter:
         self._sums, self._first, self._start, self._feed.wait_s = {}, step, time.perf_counter(), 0.0
 
     def stop(self) -> None:
+        """Leave the terminal as it was."""
         self._bar.stop()

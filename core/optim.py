@@ -197,7 +197,8 @@ def load_optimizer_state(
         raise ValueError(f"optimizer state and parameters differ: {', '.join(sorted(unknown)[:5])}")
     for key, value in tensors.items():
         name, _, field = key.rpartition(".")
-        # Adam's step counter stays where the fused kernel wants it: on the parameter's device, float32.
+        # Adam's step counter stays where its kernel wants it: beside the parameter if that is fused, else on the host.
         parameter = by_name[name]
         same = value.shape == parameter.shape
-        optimizer.state[parameter][field] = like(value, parameter) if same else value.to(parameter.device)
+        beside = parameter.device if optimizer.defaults.get("fused") else "cpu"
+        optimizer.state[parameter][field] = like(value, parameter) if same else value.to(beside)

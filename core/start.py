@@ -253,8 +253,7 @@ class Begun:
     ) -> Fit:
         """All that `fit` needs: blocks compiled where that is wanted, then the task shared out, then its optimizer."""
         config, info = self.config, dict(self.info)
-        if compiles(config.engine.compile, self.device):
-            compile_blocks(task)
+        if compiles(config.engine.compile, self.device) and compile_blocks(task):
             info["compiled"] = True
         parallel = Parallel(task, config.engine.parallel, self.processes)  # before the optimizer: FSDP2 has new tensors
         return Fit(

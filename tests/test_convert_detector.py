@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.coco_sets import small_set
-from tests.detection_golden import Golden, batch_of, load_golden, part, unpacked
 from tests.test_convert_cli import convert, only_error
 from tests.test_detection_model import tiny_detector
+from tools.verify.detection_reference import batch_of
+from tools.verify.golden import FOLDER, Golden, part, read_golden, read_json, unpacked
 from transfer.detection.coco_names import COCO
 from transfer.detection.detector import load_detector
 from transfer.detection.detectron2_files import FROM_PICKLE
 from transfer.detection.weights import to_detectron2
 
 
-def theirs(shared: Path, kind: str) -> tuple[Golden, dict[str, Any]]:
-    golden, meta = load_golden(shared, f"inference_{kind}")
+def theirs(kind: str) -> tuple[Golden, dict[str, Any]]:
+    golden, meta = read_golden(FOLDER, f"detection_inference_{kind}")
     return golden, meta["config"]
 
 
@@ -38,9 +39,9 @@ def names_file(folder: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade"])
 def test_a_converted_detector_finds_what_detectron2_finds(
-    shared: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    golden, config = theirs(shared, kind)
+    golden, config = theirs(kind)
     weights = {name: tensor.clone() for name, tensor in part(golden, "weight.").items()}
     source, out = tmp_path / "model_final.pth", tmp_path / "new" / "detector"
     torch.save({"model": {**weights, "pixel_mean": torch.zeros(3, 1, 1)}, "iteration": 5, "optimizer": {}}, source)
@@ -75,8 +76,8 @@ def test_a_converted_detector_finds_what_detectron2_finds(
     assert returned.keys() == weights.keys() and all(torch.equal(returned[name], weights[name]) for name in weights)
 
 
-def test_eighty_classes_are_those_of_coco(shared: Path) -> None:
-    golden = json.loads((shared / "golden" / "detection_coco_map.json").read_text())
+def test_eighty_classes_are_those_of_coco() -> None:
+    golden = read_json(FOLDER, "detection_coco_map")
     assert list(COCO.names) == golden["class_names"]
     assert {str(id_): label for label, id_ in enumerate(COCO.ids)} == golden["category_id_to_class"]
 

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.segmentation_golden import load_golden, part
 from tests.test_convert_cli import convert, only_error
-from tests.test_segmentation_inference import SLIDE, tiny_segmentor
+from tests.test_segmentation_inference import tiny_segmentor
 from tests.test_segmentor_directory import export, linear_segmentor
+from tools.verify.golden import FOLDER, part, read_golden
+from tools.verify.segmentation_model import SLIDE
 from transfer.segmentation.directory import load_segmentor
 from transfer.segmentation.labels import label_table
 from transfer.segmentation.segmentor import SegmentorConfig, build_segmentor
@@ -36,9 +37,9 @@ def published(num_classes: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_converted_segmentor_says_what_mmsegmentation_says(
-    shared: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    golden, meta = load_golden(shared, "slide")
+    golden, meta = read_golden(FOLDER, "segmentation_slide")
     weights = {name: tensor.clone() for name, tensor in part(golden, "weight.").items()}
     whole = weights | {INDEX.format(i): torch.zeros(17, 17, dtype=torch.int64) for i in range(4)}
     source, out, back = tmp_path / f"iter_160000{suffix}", tmp_path / "new" / "segmentor", tmp_path / f"back{suffix}"

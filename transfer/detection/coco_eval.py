@@ -156,14 +156,18 @@ def evaluate(coco: CocoSet, rows: Sequence[Row], engine: Engine = "faster_coco_e
     kinds = ["box"] if any(row.mask is None for row in rows) else ["box", "mask"]
     figures: Figures = {}
     for kind in kinds:
-        truth, found = _truth(coco, kind), _found(coco, rows, kind)
+        truth, found = ground_truth(coco, kind), _found(coco, rows, kind)
         precision, recall = ENGINES[engine](truth, found, IOU_TYPES[kind])
         figures |= {f"{kind}_{name}": value for name, value in _figures(precision, recall, coco.names).items()}
     return figures
 
 
-def _truth(coco: CocoSet, kind: str) -> Entry:
-    """The set as a COCO data set that counts images and categories as `coco` does."""
+def ground_truth(coco: CocoSet, kind: str) -> Entry:
+    """The set as a COCO data set that counts images and categories as `coco` does.
+
+    Args:
+        kind: box, or mask for entries that have a segmentation as well.
+    """
     entries: list[Entry] = []
     for index in range(len(coco)):
         height, width = coco.size(index)

@@ -22,12 +22,14 @@ class LoadedDetector:
     """A detector as it was stored, with all that it takes to use it.
 
     Attributes:
+        config: its sizes and numbers beside those of the ViT.
         names: of the classes, in the order of the labels; category_ids: what its data set calls them.
         side: of the square that images are resized into, in pixels.
         provenance: where the weights come from.
     """
 
     model: MaskRCNN
+    config: DetectorConfig
     names: tuple[str, ...]
     category_ids: tuple[Id, ...]
     side: int
@@ -86,4 +88,4 @@ def _described(description: dict[str, Any]) -> LoadedDetector:
     names, category_ids, side = tuple(map(str, ours["names"])), tuple(ours["category_ids"]), int(ours["side"])
     described = {"kind", "vit", "detector", "names", "category_ids", "side"}
     provenance = {key: value for key, value in ours.items() if key not in described}
-    return LoadedDetector(build_mask_rcnn(ViT(vit), config), names, category_ids, side, provenance)
+    return LoadedDetector(build_mask_rcnn(ViT(vit), config), config, names, category_ids, side, provenance)

@@ -1,27 +1,22 @@
 """`rcmae detect`: from a backbone and a COCO-format data set to a detector and its average precision."""
 
-import json
 import logging
-from collections.abc import Callable
+import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from core.backbone_io import load_backbone, weights_digest
 from core.checkpoint import Checkpoint
-from core.config import config_hash
 from core.distributed import Processes, joined
-from core.engine import Progress, autocast, fit
-from core.errors import shown
-from core.files import FileSystem, replace_file
-from core.loader import EvalBatch
-from core.log import console_logging, draw_curves, read_metrics
-from core.machine import choose_device, git_commit
-from core.optim import adamw, warmup_multistep
+from core.engine import fit
+from core.files import FileSystem
+from core.log import console_logging
+from core.machine import choose_device
+from core.optim import adamw
 from core.start import (
     Begun,
     Writer,
@@ -38,14 +33,23 @@ from core.start import (
 )
 from core.vit import ViT
 from transfer.detection.coco import CocoSet, training_set
-from transfer.detection.coco_eval import evaluate, result_entries
+from transfer.detection.coco_eval import evaluate
 from transfer.detection.coco_file import coco_paths, read_coco
-from transfer.detection.data import Collate, PrepareDetection, detection_batch, evaluation_images, normalized
+from transfer.detection.data import Collate, PrepareDetection
 from transfer.detection.dense_vit import dense_vit
-from transfer.detection.detector import export_detector, load_detector, require_categories
-from transfer.detection.draw import draw_detections, tiled
-from transfer.detection.mask_rcnn import MaskRCNN, build_mask_rcnn
-from transfer.detection.settings import HARMLESS_KEYS, DetectConfig, Setting, header, parameter_groups, settle
+from transfer.detection.detector import load_detector, require_categories
+from transfer.detection.mask_rcnn import build_mask_rcnn
+from transfer.detection.results import draw_validation, finish, run_flags, write_results
+from transfer.detection.settings import (
+    HARMLESS_KEYS,
+    DetectConfig,
+    Setting,
+    header,
+    parameter_groups,
+    rate,
+    require_alone,
+    settle,
+)
 from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, DetectionTask, Evaluated
 
 PATHS = ("backbone", "train_json", "train_images", "val_json", "val_images")
@@ -89,6 +93,7 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
     """
     with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main):
         agree_on_run(processes, config, "eval", PATHS)
+        require_alone(config, processes)
         loaded = processes.together(lambda: load_detector(config.backbone))
         coco = processes.together(lambda: _open_set(config, "val"))
         require_categories(coco, loaded)
@@ -96,15 +101,17 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
         with claimed(config, HARMLESS_KEYS, processes, None) as writer:
             device = choose_device(config.device, processes.local_rank)
             workers = choose_workers(config.loader, device, processes)
-            evaluator = CocoEvaluator(
-                coco, loaded.side, device, config.eval_precision, EVAL_BATCH_SIZE, workers, config.loader.timeout_s,
-                processes,
-            )  # fmt: skip
-            rows = evaluator(loaded.model.to(device))
-            facts = {"flags": _flags(config)}
-            return processes.on_main(
-                lambda: _write_results(writer, config, coco, Evaluated(rows, evaluate(coco, rows)), facts)
-            )
+            if config.framework == "detectron2":
+                found = _detectron2_engine().evaluate_loaded(config, loaded, coco, device, workers)
+            else:
+                evaluator = CocoEvaluator(
+                    coco, loaded.side, device, config.eval_precision, EVAL_BATCH_SIZE, workers,
+                    config.loader.timeout_s, processes,
+                )  # fmt: skip
+                rows = evaluator(loaded.model.to(device))
+                found = Evaluated(rows, evaluate(coco, rows))
+            facts = {"flags": run_flags(config)}
+            return processes.on_main(lambda: write_results(writer, config, coco, found, facts))
 
 
 # ---- what is opened -------------------------------------------------------------------------------------------------
@@ -145,34 +152,29 @@ def _open_backbone(config: DetectConfig) -> tuple[ViT, str]:
 def _train(
     setting: Setting, checkpoint: Checkpoint | None, writer: Writer | None, processes: Processes, console: Console
 ) -> dict[str, Any]:
-    config, plan = setting.config, setting.plan
+    config = setting.config
     info = run_info(config, setting.device, _facts(setting.train)) | {"backbone": setting.digest}
     require_same_data(config.data, checkpoint, info["data"])
     require_same_backbone(config.backbone, checkpoint, setting.digest)
     task = build_task(setting, processes)
     state_bytes = 3 * 4 * sum(parameter.numel() for _, parameter in task.named_parameters())
     processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
-    run = Begun(config, plan, setting.device, processes, writer, console, info).fit_of(
-        task,
-        lambda: adamw(parameter_groups(config, task.model), config.optim),
-        _rate(config),
-        config.optim.clip_grad,
+    begun = Begun(config, setting.plan, setting.device, processes, writer, console, info)
+    if config.framework == "detectron2":
+        progress, found = _detectron2_engine().train(setting, task.model, checkpoint, begun)
+        return finish(setting, found, {}, progress, writer)
+    run = begun.fit_of(
+        task, lambda: adamw(parameter_groups(config, task.model), config.optim), rate(config), config.optim.clip_grad
     )
     prepare = PrepareDetection(setting.train, config.img_size, config.jitter)
     feed = image_feed(
-        setting.train.source(), config, plan, prepare, Collate(config.img_size), 3, setting.num_workers, checkpoint,
-        processes,
+        setting.train.source(), config, setting.plan, prepare, Collate(config.img_size), 3, setting.num_workers,
+        checkpoint, processes,
     )  # fmt: skip
     progress = fit(task, feed, checkpoint, run)
     if task.latest is None:  # the run was finished before
         task.evaluate(progress.step)
-    return processes.on_main(lambda: _finish(setting, task, feed.broken, progress, writer))
-
-
-def _rate(config: DetectConfig) -> Callable[[int], float]:
-    peak, drops = config.optim.lr, config.drops()
-    assert peak is not None, "DetectConfig refuses none"
-    return lambda step: peak * warmup_multistep(step, warmup_steps=config.warmup_steps, start=0.001, milestones=drops)
+    return processes.on_main(lambda: finish(setting, task.latest, feed.broken, progress, writer))
 
 
 def build_task(setting: Setting, processes: Processes) -> DetectionTask:
@@ -185,90 +187,13 @@ def build_task(setting: Setting, processes: Processes) -> DetectionTask:
         config.loader.timeout_s, processes,
     )  # fmt: skip
     return DetectionTask(
-        model.to(setting.device), config.drop_path, config.seed, evaluator, lambda model: _draw(setting, model)
-    )
-
-
-@torch.no_grad()
-def _draw(setting: Setting, model: MaskRCNN) -> np.ndarray:
-    """Detections on the first validation images, at the size of the network or a multiple of it: uint8 [H, W, 3]."""
-    coco, side = setting.val, setting.config.img_size
-    zoom = max(1, round(PICTURE_SIDE / side))
-    few = coco.subset(np.arange(min(NUM_PICTURES, len(coco))))
-    images = evaluation_images(few, side)
-    pictures: list[Tensor] = []
-    for index in range(len(few)):
-        image, _, _ = images[index]
-        loaded = EvalBatch(image.unsqueeze(0), torch.tensor([index]), torch.tensor([True]))
-        batch = detection_batch(loaded, few, side).to(setting.device)
-        with autocast(setting.device, setting.config.eval_precision):
-            sizes = [(zoom * int(height), zoom * int(width)) for height, width in batch.sizes.tolist()]
-            (found,) = model.detect(normalized(batch, torch.float32), batch.sizes, sizes)
-        height, width = sizes[0]
-        image = image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)  # [3, zoom * S, zoom * S]
-        drawn = image.clone()
-        drawn[:, :height, :width] = draw_detections(image[:, :height, :width], found, coco.names, PICTURE_SCORE)
-        pictures.append(drawn)
-    return tiled(pictures, columns=3)
-
-
-def _finish(
-    setting: Setting, task: DetectionTask, broken: dict[str, str], progress: Progress, writer: Writer | None
-) -> dict[str, Any]:
-    """Export, draw and summarise; the first process alone."""
-    assert writer is not None and task.latest is not None, "the first process writes, after an evaluation"
-    config, path = setting.config, writer.directory.path
-    newest = writer.store.newest()
-    assert newest is not None, "a finished run has a checkpoint"
-    model = build_mask_rcnn(ViT(setting.vit.config), setting.detector)  # whole weights, however the run shards them
-    model.load_state_dict(newest.tensors["detector"])
-    provenance = {"step": progress.step, "config": config_hash(config), "backbone": setting.digest}
-    export_detector(
-        path / "detector", model, setting.detector, setting.train.names, setting.train.category_ids, config.img_size,
-        provenance | {"git_commit": git_commit()},
+        model.to(setting.device), config.drop_path, config.seed, evaluator,
+        lambda model: draw_validation(setting, model),
     )  # fmt: skip
-    rows = read_metrics(path / "metrics.jsonl")
-    if config.log.curves:
-        draw_curves(rows, path / "curves.png", path.name)
-    facts = {
-        "digest": newest.digest,
-        "backbone": setting.digest,
-        "images": len(setting.train),
-        "images_seen": progress.step * config.batch_size,
-        "non_finite_steps": progress.skipped,
-        "broken_images": broken,
-        "dropped_annotations": setting.train.notes(),
-        "flags": _flags(config),
-    }
-    logger.info("done: %s holds the detector; rcmae predict uses it", shown(path / "detector"))
-    return _write_results(writer, config, setting.val, task.latest, facts)
 
 
-def _write_results(
-    writer: Writer | None, config: DetectConfig, coco: CocoSet, found: Evaluated, facts: dict[str, Any]
-) -> dict[str, Any]:
-    assert writer is not None, "only the first process writes"
-    path = writer.directory.path
-    overall = {name: value for name, value in found.figures.items() if "/" not in name}
-    text = "  ".join(f"{name} {value:.4f}" for name, value in overall.items() if value is not None)
-    logger.info("%s", text or "no figure is defined: the validation set has no ground truth")
-    summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
-        "test_images": len(coco),
-        "figures": overall,
-        **facts,
-    }
-    replace_file(path / "detections.json", json.dumps(result_entries(found.rows, coco)).encode())
-    replace_file(path / "results.json", json.dumps(summary | {"all_figures": found.figures}, indent=1).encode())
-    writer.directory.write_summary(summary)
-    return summary
-
-
-def _flags(config: DetectConfig) -> list[str]:
-    flags = [f"evaluated in {config.eval_precision}", f"precision {config.engine.precision}", f"device {config.device}"]
-    if config.init == "random":
-        flags.append("random initialisation: no pretrained weights")
-    return flags
+def _detectron2_engine() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # detectron2 calls what torch and timm give up
+        from transfer.detection.detectron2_engine import run
+    return run

@@ -1,6 +1,7 @@
 """What a detection run is given, and what follows from it before anything is built."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,9 @@ from core.checkpoint import Checkpoint
 from core.cost import BF16_SHARE, encoder_parameters, held_values
 from core.distributed import Processes
 from core.engine import Plan, uses_bf16
-from core.errors import DataError, shown
+from core.errors import ConfigError, DataError, shown
 from core.machine import choose_device
-from core.optim import OptimConfig, layer_decay_groups
+from core.optim import OptimConfig, layer_decay_groups, warmup_multistep
 from core.start import RunConfig, accumulation_of, batch_line, choose_workers, require_batch
 from core.vit import ViT, ViTConfig
 from transfer.detection.coco import CocoSet
@@ -26,6 +27,8 @@ from transfer.detection.mask_rcnn import DetectorConfig, MaskRCNN
 # Where the images lie may change when a run goes on; that they are the same is checked.
 HARMLESS_KEYS = (*start.HARMLESS_KEYS, "backbone", "train_json", "train_images", "val_json", "val_images")
 DecayRule = Literal["vitdet", "vitdet_huge", "clean"]
+WARMUP_START = 0.001  # share of the peak rate at the first step
+INSTALL_DETECTRON2 = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2"
 
 
 class DetectOptim(OptimConfig):
@@ -44,6 +47,7 @@ class DetectConfig(RunConfig):
     backbone: Path  # backbone directory, or a file of MAE, RC-MAE, timm, Hugging Face; with --eval a detector directory
     init: Literal["backbone", "random"] = "backbone"  # random: the backbone's sizes, weights drawn from the seed
     branch: Literal["teacher", "student"] = "teacher"  # of an RC-MAE pretraining file
+    framework: Literal["native", "detectron2"] = "native"  # whose model, data pipeline, optimizer, loop and evaluator
     num_heads: PositiveInt | None = None  # for files of sizes that are not published ones
     train_json: Path | None = None
     train_images: Path | None = None
@@ -82,12 +86,43 @@ class DetectConfig(RunConfig):
             yield "optim.min_lr: has no effect on a rate that drops at milestones"
         if self.window_size is None and self.global_blocks:
             yield "global_blocks: has no effect without window_size"
+        if self.framework == "detectron2":
+            yield from self._not_in_detectron2()
+
+    def _not_in_detectron2(self) -> Iterator[str]:
+        """What this suite does and detectron2 does not, or what it lacks itself."""
+        if importlib.util.find_spec("detectron2") is None:
+            yield f"framework=detectron2: detectron2 is not installed; {INSTALL_DETECTRON2}"
+        lacking = {
+            "activation_checkpointing": (self.activation_checkpointing, "needs fairscale there, which is not kept up"),
+            "keep_background": (self.keep_background, "its mapper fails on images without an annotation"),
+            "optim.clip_grad": (self.optim.clip_grad is not None, "it clips each tensor by itself, not all together"),
+            "decay_rule=clean": (self.decay_rule == "clean", "its parameter groups cannot say that"),
+            "engine.compile=on": (self.engine.compile == "on", "its blocks are not compiled"),
+            "engine.accumulation": (self.engine.accumulation not in (None, 1), "its trainer takes a batch at once"),
+            "milestones": (min(self.drops()) <= self.warmup_steps, "its warm-up ends before the first of them"),
+        }
+        for key, (wanted, why) in lacking.items():
+            if wanted:
+                yield f"{key}: not with framework=detectron2: {why}"
 
     def drops(self) -> tuple[int, ...]:
         """The steps at which the rate drops to a tenth, as published where none are given."""
         if self.milestones is not None:
             return self.milestones
         return int(self.steps * 8 / 9 + 0.5), int(self.steps * 26 / 27)
+
+
+def rate(config: DetectConfig) -> Callable[[int], float]:
+    """The learning rate at an optimizer step."""
+    peak, warmup, drops = peak_rate(config), config.warmup_steps, config.drops()
+    return lambda step: peak * warmup_multistep(step, warmup_steps=warmup, start=WARMUP_START, milestones=drops)
+
+
+def peak_rate(config: DetectConfig) -> float:
+    """The learning rate between warm-up and first drop."""
+    assert config.optim.lr is not None, "DetectConfig refuses none"
+    return config.optim.lr
 
 
 def parameter_groups(config: DetectConfig, model: MaskRCNN) -> list[dict]:
@@ -140,6 +175,7 @@ def settle(
 
     Raises: ConfigError where data, batch and processes do not fit together, DataError where the two sets do not.
     """
+    require_alone(config, processes)
     device = choose_device(config.device, processes.local_rank)
     train, val = sets
     if train.names != val.names:
@@ -151,9 +187,20 @@ def settle(
     detector = config.detector.model_copy(update={"num_classes": len(train.names)})
     per_image, fixed = memory_bytes(config, vit.config, detector, device)
     accumulation = accumulation_of(config, checkpoint, device, processes, per_image, fixed)
+    if config.framework == "detectron2" and accumulation > 1:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: needs {accumulation} micro-batches here, and detectron2's trainer takes "
+            "a batch at once; lower batch_size, or leave framework=detectron2 out"
+        )
     plan = Plan(len(train), config.batch_size, accumulation, 1, processes.size, config.steps)
     workers = choose_workers(config.loader, device, processes)
     return Setting(config, vit, digest, train, val, detector, device, workers, plan)
+
+
+def require_alone(config: DetectConfig, processes: Processes) -> None:
+    """Raise ConfigError if a framework that this suite runs on one process is asked to run on several."""
+    if config.framework != "native" and processes.size > 1:
+        raise ConfigError(f"framework={config.framework}: runs on one process here; leave --nproc out")
 
 
 def memory_bytes(
@@ -190,6 +237,11 @@ def header(setting: Setting) -> list[str]:
         f"{config.warmup_steps:g}, drops at {', '.join(map(str, config.drops()))}",
         f"optimizer  AdamW, lr {config.optim.lr:g}, layer_decay {config.layer_decay:g}, weight_decay "
         f"{config.weight_decay:g} by the rule {config.decay_rule}, drop_path {config.drop_path:g}",
+        *(
+            [f"framework  {config.framework}: its model, data pipeline, optimizer, loop and evaluator"]
+            if config.framework != "native"
+            else []
+        ),
         f"machine    {setting.device}, {torch.get_num_threads()} threads, precision {config.engine.precision}, "
         f"torch {torch.__version__}",
         f"out        {shown(config.out)}",

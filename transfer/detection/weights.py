@@ -25,6 +25,7 @@ _PYRAMID = {  # detectron2 counts the layers of a level, which are not the same 
     "simfp_4": ("p4", ("reduce", "smooth")),
     "simfp_5": ("p5", ("", "reduce", "smooth")),
 }
+_ONE_RPN_CONV = "proposal_generator.rpn_head.conv."  # a single convolution has no number there
 _NO_WEIGHTS = re.compile(r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*")
 
 
@@ -60,7 +61,10 @@ def from_detectron2(state: Mapping[str, Tensor]) -> tuple[State, ConversionRepor
 
 def to_detectron2(state: Mapping[str, Tensor]) -> tuple[State, ConversionReport]:
     """The state dict of a `MaskRCNN` as detectron2 names it. Raises: CheckpointError if a name is unknown."""
-    names = _renamed(list(state), {ours: theirs for theirs, ours in _prefixes()})
+    prefixes = {ours: theirs for theirs, ours in _prefixes()}
+    if "rpn.head.convs.1.weight" not in state:
+        prefixes["rpn.head.convs.0."] = _ONE_RPN_CONV
+    names = _renamed(list(state), prefixes)
     return {names[old]: tensor for old, tensor in state.items()}, ConversionReport(names, ())
 
 
@@ -89,6 +93,7 @@ def _prefixes() -> Iterator[tuple[str, str]]:
                 yield f"backbone.{theirs}.{index}.norm.", f"backbone.pyramid.{level}.{layer}_norm."
     yield "proposal_generator.rpn_head.objectness_logits.", "rpn.head.objectness."
     yield "proposal_generator.rpn_head.anchor_deltas.", "rpn.head.deltas."
+    yield _ONE_RPN_CONV, "rpn.head.convs.0."
     for k in range(MAX_CONVS):
         yield f"proposal_generator.rpn_head.conv.conv{k}.", f"rpn.head.convs.{k}."
         yield f"roi_heads.mask_head.mask_fcn{k + 1}.", f"roi.mask.convs.{k}."

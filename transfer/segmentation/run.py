@@ -1,26 +1,23 @@
 """`rcmae segment`: from a backbone and images with label PNGs to a segmentor and its mean IoU."""
 
-import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from core.backbone_io import load_backbone, weights_digest
 from core.checkpoint import Checkpoint
-from core.config import config_hash
 from core.distributed import Processes, joined
-from core.engine import Progress, fit
+from core.engine import fit
 from core.errors import ConfigError, DataError, shown
-from core.files import FileSystem, replace_file
-from core.log import console_logging, draw_curves, read_metrics
-from core.machine import choose_device, git_commit
-from core.optim import adamw, warmup_poly
+from core.files import FileSystem
+from core.log import console_logging
+from core.machine import choose_device
+from core.optim import adamw
 from core.start import (
     Begun,
     Writer,
@@ -36,15 +33,13 @@ from core.start import (
     run_info,
 )
 from core.vit import ViT, ViTConfig, resize_pos_embed
-from transfer.segmentation.augment import resize_label
 from transfer.segmentation.classes import Classes, open_classes
-from transfer.segmentation.data import Collate, PrepareSegmentation, evaluation_images
-from transfer.segmentation.directory import LoadedSegmentor, export_segmentor, load_segmentor
-from transfer.segmentation.draw import below, classes_in, contact_sheet, legend, overlay
+from transfer.segmentation.data import Collate, PrepareSegmentation
+from transfer.segmentation.directory import LoadedSegmentor, load_segmentor
 from transfer.segmentation.labels import LabelKeys, label_table
-from transfer.segmentation.linear_head import Network
-from transfer.segmentation.miou import SegmentationScores, scores_of
+from transfer.segmentation.mmseg_engine import recipe
 from transfer.segmentation.pairs import SegmentationSet, Split, open_pairs
+from transfer.segmentation.results import draw_validation, finish, write_results
 from transfer.segmentation.segmentor import segmentation_vit
 from transfer.segmentation.settings import (
     HARMLESS_KEYS,
@@ -53,9 +48,11 @@ from transfer.segmentation.settings import (
     Inputs,
     SegmentConfig,
     Setting,
+    head_sizes,
     header,
-    label_keys,
     parameter_groups,
+    rate,
+    require_alone,
     require_fitting,
     require_windows,
     settle,
@@ -67,11 +64,7 @@ from transfer.segmentation.tasks import (
     Labeller,
     SegmentationEvaluator,
     SegmentationTask,
-    figures_of,
-    trained_part,
 )
-
-NUM_PICTURES, PICTURE_SIDE_PX = 4, 400  # validation images drawn at each evaluation
 
 logger = logging.getLogger("rcmae")
 
@@ -90,14 +83,22 @@ def segment(config: SegmentConfig, resume: str = "auto", fs: FileSystem | None =
         opened=lambda processes: processes.together(lambda: open_inputs(config)), facts=_all_facts,
     ) as run:  # fmt: skip
         setting = settle(config, run.inputs, run.checkpoint, run.processes)
-        begin(config, header(setting))
+        begin(config, _header(setting))
         return _train(setting, run.checkpoint, run.writer, run.processes, run.console)
 
 
 def dry_run(config: SegmentConfig) -> list[str]:
     """The header of a run that is not started. Raises what the start would raise about backbone, data and batch."""
     with console_logging():
-        return header(settle(config, open_inputs(config), None, Processes()))
+        return _header(settle(config, open_inputs(config), None, Processes()))
+
+
+def _header(setting: Setting) -> list[str]:
+    if setting.config.framework == "native":
+        return header(setting)
+    config = setting.config
+    views = len(config.scales) > 1 or config.flip
+    return header(setting) + recipe.notes(setting.plan, config.engine.precision, setting.device, views)
 
 
 def evaluate_segmentor(given: SegmentConfig) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def evaluate_segmentor(given: SegmentConfig) -> dict[str, Any]:
     """
     with joined(given.engine.timeout_s) as processes, console_logging(processes.is_main):
         agree_on_run(processes, given, "eval", PATHS)
+        require_alone(given, processes)
         loaded = processes.together(lambda: load_segmentor(given.backbone))
         config = processes.together(lambda: as_trained(given, loaded))
         pairs = processes.together(lambda: _open_set(config, "val"))
@@ -119,9 +121,12 @@ def evaluate_segmentor(given: SegmentConfig) -> dict[str, Any]:
             inference, vit = config.inference.settled(config.img_size), loaded.model.backbone.config
             evaluator = _evaluator(config, pairs, len(loaded.classes), vit, inference, device, processes)
             logger.info("segmentor %s, weights %s; %d images", shown(config.backbone), digest, len(pairs))
-            confusion = evaluator(loaded.model.to(device).eval())
+            if config.framework == "mmseg":
+                confusion = _mmseg_engine().evaluate_mmseg(evaluator, loaded)
+            else:
+                confusion = evaluator(loaded.model.to(device).eval())
             return processes.on_main(
-                lambda: _write_results(writer, config, loaded.classes, len(pairs), confusion, {"segmentor": digest})
+                lambda: write_results(writer, config, loaded.classes, len(pairs), confusion, {"segmentor": digest})
             )
 
 
@@ -135,6 +140,9 @@ def open_inputs(config: SegmentConfig) -> Inputs:
     train, val = _open_set(config, "train"), _open_set(config, "val")
     inputs = Inputs(train, val, classes, table, *_open_backbone(config))
     require_fitting(config, inputs)
+    if config.framework == "mmseg":
+        sizes = head_sizes(config, len(classes))
+        recipe.require_possible(inputs.vit.config, sizes, config.inference.settled(config.img_size))
     return inputs
 
 
@@ -210,7 +218,10 @@ def as_trained(config: SegmentConfig, loaded: LoadedSegmentor) -> SegmentConfig:
             "inference": InferenceKeys(**windows),
         }
     )
-    require_windows(loaded.model.backbone.config, settled.inference.settled(config.img_size))
+    inference = settled.inference.settled(config.img_size)
+    require_windows(loaded.model.backbone.config, inference)
+    if config.framework == "mmseg":
+        recipe.require_possible(loaded.model.backbone.config, loaded.model.config, inference)
     return settled
 
 
@@ -243,11 +254,13 @@ def _train(
     task = build_task(setting, processes)
     state_bytes = 3 * 4 * sum(parameter.numel() for _, parameter in task.named_parameters())
     processes.on_main(lambda: open_log(writer, config, checkpoint, state_bytes))
-    run = Begun(config, plan, setting.device, processes, writer, console, info).fit_of(
-        task,
-        lambda: adamw(parameter_groups(config, task.part), config.optim),
-        _rate(config),
-        config.optim.clip_grad,
+    begun = Begun(config, plan, setting.device, processes, writer, console, info)
+    if config.framework == "mmseg":
+        evaluator = _evaluator_of(setting, processes)
+        progress, broken = _mmseg_engine().fit_mmseg(task, evaluator, setting, checkpoint, begun)
+        return finish(setting, task, broken, progress, writer)
+    run = begun.fit_of(
+        task, lambda: adamw(parameter_groups(config, task.part), config.optim), rate(config), config.optim.clip_grad
     )
     prepare = PrepareSegmentation(setting.inputs.train, setting.inputs.table, config.img_size, config.augment)
     feed = image_feed(
@@ -257,13 +270,16 @@ def _train(
     progress = fit(task, feed, checkpoint, run)
     if task.latest is None:  # the run was finished before
         task.evaluate(progress.step)
-    return processes.on_main(lambda: _finish(setting, task, feed.broken, progress, writer))
+    return processes.on_main(lambda: finish(setting, task, feed.broken, progress, writer))
 
 
-def _rate(config: SegmentConfig) -> Callable[[int], float]:
-    peak = config.optim.lr
-    assert peak is not None, "SegmentConfig refuses none"
-    return lambda step: peak * warmup_poly(step, total_steps=config.steps, warmup_steps=config.warmup_steps)
+def _mmseg_engine() -> ModuleType:
+    from transfer.segmentation.mmseg_engine.operators import stand_in
+
+    stand_in()
+    from transfer.segmentation.mmseg_engine import run
+
+    return run
 
 
 def build_task(setting: Setting, processes: Processes) -> SegmentationTask:
@@ -273,21 +289,19 @@ def build_task(setting: Setting, processes: Processes) -> SegmentationTask:
     model.init_weights(torch.Generator().manual_seed(config.seed))
     if synchronised(setting.device, processes):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    evaluator = _evaluator(
-        config,
-        setting.inputs.val,
-        len(setting.inputs.classes),
-        setting.inputs.vit.config,
-        setting.inference,
-        setting.device,
-        processes,
-    )
     labeller = Labeller(setting.inference, setting.device, config.eval_precision)
     return SegmentationTask(
-        model.to(setting.device), config.drop_path, config.seed, evaluator, processes,
+        model.to(setting.device), config.drop_path, config.seed, _evaluator_of(setting, processes), processes,
         build=lambda: setting.network(ViT(setting.inputs.vit.config)),
-        draw=lambda model: _draw(setting, labeller, model),
+        draw=lambda model: draw_validation(setting, labeller, model),
     )  # fmt: skip
+
+
+def _evaluator_of(setting: Setting, processes: Processes) -> SegmentationEvaluator:
+    inputs = setting.inputs
+    return _evaluator(
+        setting.config, inputs.val, len(inputs.classes), inputs.vit.config, setting.inference, setting.device, processes
+    )
 
 
 def _evaluator(
@@ -311,115 +325,3 @@ def _evaluator(
         config.loader.timeout_s,
         processes,
     )
-
-
-def _draw(setting: Setting, labeller: Labeller, model: Network) -> np.ndarray:
-    """Photograph, prediction and truth of a few validation images, spread over the set: uint8 [H, W, 3]."""
-    number, classes = len(setting.inputs.val), setting.inputs.classes
-    chosen = np.unique(np.linspace(0, number - 1, min(NUM_PICTURES, number)).round().astype(int))
-    images = evaluation_images(
-        setting.inputs.val.subset(chosen), setting.inputs.table, EvalSizes(setting.config.augment.scale)
-    )
-    rows: list[Sequence[Tensor]] = []
-    maps: list[Tensor] = []
-    for index in range(len(chosen)):
-        sample = images[index]
-        (picture,) = sample.images  # [3, h, w]
-        size = (picture.shape[1], picture.shape[2])
-        predicted = labeller(model, [picture.unsqueeze(0)], size).cpu()  # [h, w]
-        truth = torch.from_numpy(resize_label(sample.label.numpy(), size))
-        rows.append([picture, *(overlay(picture, labels, classes.palette) for labels in (predicted, truth))])
-        maps += [predicted, truth]
-    sheet = contact_sheet(["photograph", "prediction", "truth"], rows, PICTURE_SIDE_PX)
-    names = legend(classes, classes_in(maps, len(classes)), sheet.shape[2])
-    return below([sheet, names]).permute(1, 2, 0).numpy()
-
-
-# ---- what is left behind --------------------------------------------------------------------------------------------
-
-
-def _finish(
-    setting: Setting, task: SegmentationTask, broken: dict[str, str], progress: Progress, writer: Writer | None
-) -> dict[str, Any]:
-    """Export, draw and summarise; the first process alone."""
-    assert writer is not None and task.latest is not None, "the first process writes, after an evaluation"
-    config, path = setting.config, writer.directory.path
-    newest = writer.store.newest()
-    assert newest is not None, "a finished run has a checkpoint"
-    vit = ViT(setting.inputs.vit.config)
-    if config.head == "linear":  # frozen, and so in no checkpoint
-        vit.load_state_dict(setting.inputs.vit.state_dict())
-    model = setting.network(vit)  # whole weights, however the run shards them
-    trained_part(model).load_state_dict(newest.tensors["segmentor"])
-    provenance = {"step": progress.step, "config": config_hash(config), "backbone": setting.inputs.digest}
-    export_segmentor(
-        path / "segmentor", model, setting.inputs.classes, label_keys(config), config.augment.scale, setting.inference,
-        provenance | {"git_commit": git_commit()},
-    )  # fmt: skip
-    if config.log.curves:
-        draw_curves(read_metrics(path / "metrics.jsonl"), path / "curves.png", path.name)
-    facts = {
-        "digest": newest.digest,
-        "backbone": setting.inputs.digest,
-        "images": len(setting.inputs.train),
-        "images_seen": progress.step * config.batch_size,
-        "non_finite_steps": progress.skipped,
-        "broken_images": broken,
-    }
-    summary = _write_results(writer, config, setting.inputs.classes, len(setting.inputs.val), task.latest, facts)
-    logger.info("done: %s holds the segmentor; rcmae predict uses it", shown(path / "segmentor"))
-    return summary
-
-
-def _write_results(
-    writer: Writer | None,
-    config: SegmentConfig,
-    classes: Classes,
-    num_images: int,
-    confusion: Tensor,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    assert writer is not None, "only the first process writes"
-    path, scores = writer.directory.path, scores_of(confusion)
-    for line in scores.table(classes.names):
-        logger.info("%s", line)
-    figures = {name: _defined(value) for name, value in figures_of(scores).items()}
-    told = "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
-    logger.info("%s", told or "no figure is defined: the validation images have no labelled pixel")
-    summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
-        "test_images": num_images,
-        "figures": figures,
-        **facts,
-        "flags": _flags(config),
-    }
-    replace_file(path / "confusion.json", json.dumps({"rows_are_labels": confusion.tolist()}).encode())
-    table = summary | {"classes": _per_class(scores, classes)}
-    replace_file(path / "results.json", json.dumps(table, indent=1).encode())
-    writer.directory.write_summary(summary)
-    return summary
-
-
-def _per_class(scores: SegmentationScores, classes: Classes) -> list[dict[str, Any]]:
-    rows = zip(classes.names, scores.iou.tolist(), scores.acc.tolist(), scores.pixels.tolist(), strict=True)
-    return [
-        {"name": name, "iou_pct": _defined(100 * iou), "acc_pct": _defined(100 * acc), "pixels": pixels}
-        for name, iou, acc, pixels in rows
-    ]
-
-
-def _defined(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _flags(config: SegmentConfig) -> list[str]:
-    flags = [f"evaluated in {config.eval_precision}", f"precision {config.engine.precision}", f"device {config.device}"]
-    if config.init == "random":
-        flags.append("random initialisation: no pretrained weights")
-    if config.scales != (1.0,) or config.flip:
-        mirrored = ", mirror images too" if config.flip else ""
-        flags.append(f"evaluated at scales {', '.join(f'{scale:g}' for scale in config.scales)}{mirrored}")
-    return flags

@@ -1,6 +1,7 @@
 """What a segmentation run is given, and what follows from it before anything is built."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from core.distributed import Processes
 from core.engine import Plan, uses_bf16
 from core.errors import ConfigError, shown
 from core.machine import choose_device
-from core.optim import OptimConfig, decay_groups, decays_but_biases, layer_decay_groups
+from core.optim import OptimConfig, decay_groups, decays_but_biases, layer_decay_groups, warmup_poly
 from core.start import RunConfig, accumulation_of, batch_line, choose_workers, require_batch
 from core.vit import ViT, ViTConfig
 from transfer.segmentation.augment import AugmentConfig
@@ -37,6 +38,7 @@ from transfer.segmentation.slide import InferenceConfig, WindowConfig
 PATHS = ("backbone", "train_images", "train_labels", "val_images", "val_labels")
 # Where the images lie may change when a run goes on; that they are the same is checked.
 HARMLESS_KEYS = (*start.HARMLESS_KEYS, *PATHS)
+INSTALL_MMSEG = "pip install --no-deps -r requirements-mmseg.lock"
 ONLY_UPERNET = ("layer_decay", "drop_path", "rel_pos_bias", "layer_scale", "activation_checkpointing")
 
 
@@ -73,6 +75,7 @@ class SegmentConfig(RunConfig, LabelKeys):
     )
     init: Literal["backbone", "random"] = "backbone"  # random: the backbone's sizes, weights drawn from the seed
     branch: Literal["teacher", "student"] = "teacher"  # of an RC-MAE pretraining file
+    framework: Literal["native", "mmseg"] = "native"  # whose network, transforms, optimizer, loop and metric
     num_heads: PositiveInt | None = None  # for files of sizes that are not published ones
     train_images: Path | None = None
     train_labels: Path | None = None
@@ -114,6 +117,30 @@ class SegmentConfig(RunConfig, LabelKeys):
             yield from (f"{key}: has no effect with head=linear, which trains no backbone" for key in odd)
             if self.engine.parallel == "fsdp2":
                 yield "engine.parallel=fsdp2 and head=linear: one layer needs no sharding; use ddp"
+        if self.framework == "mmseg":
+            yield from self._not_in_mmseg()
+
+    def _not_in_mmseg(self) -> Iterator[str]:
+        """What this suite does and mmsegmentation does not, or that it is missing."""
+        if any(importlib.util.find_spec(name) is None for name in ("mmseg", "mmengine", "mmcv")):
+            yield f"framework=mmseg: mmsegmentation is not installed; {INSTALL_MMSEG}"
+        lacking = {
+            "head=linear": (self.head == "linear", "it has no such head"),
+            "activation_checkpointing": (self.activation_checkpointing, "its MAE backbone has none"),
+            "engine.compile=on": (self.engine.compile == "on", "its blocks are not compiled"),
+            "num_classes=1": (self.num_classes == 1, "it takes the score of a single class for a threshold"),
+            "warmup_steps=1": (self.warmup_steps == 1, "mmengine's LinearLR never ends a warm-up of one step"),
+        }
+        for key, (wanted, why) in lacking.items():
+            if wanted:
+                yield f"{key}: not with framework=mmseg: {why}"
+
+
+def rate(config: SegmentConfig) -> Callable[[int], float]:
+    """The learning rate at an optimizer step."""
+    peak = config.optim.lr
+    assert peak is not None, "SegmentConfig refuses none"
+    return lambda step: peak * warmup_poly(step, total_steps=config.steps, warmup_steps=config.warmup_steps)
 
 
 def parameter_groups(config: SegmentConfig, part: nn.Module) -> list[dict]:
@@ -189,6 +216,12 @@ def build_network(vit: ViT, sizes: LabelsConfig) -> Network:
         raise ConfigError(f"segmentor.{error}") from None
 
 
+def require_alone(config: SegmentConfig, processes: Processes) -> None:
+    """Raise ConfigError if a framework that this suite runs on one process is asked to run on several."""
+    if config.framework != "native" and processes.size > 1:
+        raise ConfigError(f"framework={config.framework}: runs on one process here; leave --nproc out")
+
+
 def require_fitting(config: SegmentConfig, inputs: Inputs) -> None:
     """Raise ConfigError where images, windows or blocks do not fit together, before anything is claimed for a run."""
     require_batch(config, len(inputs.train))
@@ -199,6 +232,7 @@ def require_fitting(config: SegmentConfig, inputs: Inputs) -> None:
 
 def settle(config: SegmentConfig, inputs: Inputs, checkpoint: Checkpoint | None, processes: Processes) -> Setting:
     """Work out device, batches and workers. Raises: ConfigError where batch and processes do not fit together."""
+    require_alone(config, processes)
     device = choose_device(config.device, processes.local_rank)
     per_image, fixed = memory_bytes(config, inputs.vit.config, len(inputs.classes), device)
     accumulation = accumulation_of(config, checkpoint, device, processes, per_image, fixed)

@@ -1,0 +1,1 @@
+"""The recipe of `rcmae segment` on mmsegmentation: framework=mmseg."""
