@@ -130,6 +130,7 @@ def fit(task: Task, feed: Feed, resumed: Checkpoint | None, run: Fit) -> Progres
     Raises: NumericError after three non-finite steps in a row, Preempted after a signal (state saved), and what the
     feed raises. At a raise the newest checkpoint on disk is good.
     """
+    require_steps_left(resumed, run)
     progress = restore(task, resumed, run) if resumed else Progress()
     flags = FlagReader(run.device)
     skipped_before = progress.skipped
@@ -268,6 +269,20 @@ def choose_accumulation(batch_size: int, bytes_per_image: int, fixed_bytes: int,
         f"model: one image needs about {(fixed_bytes + bytes_per_image) / 2**30:.1f} GiB, "
         f"{available_bytes / 2**30:.1f} GiB are free; take a smaller model or img_size"
     )
+
+
+def require_steps_left(resumed: Checkpoint | None, run: Fit) -> None:
+    """Raise ConfigError where a new run would start from the last step of another, and have nothing to leave behind."""
+
+    def require() -> None:
+        total, new = run.plan.total_steps, run.store is not None and run.store.newest() is None
+        if resumed is not None and new and resumed.step >= total:
+            raise ConfigError(
+                f"--resume: the checkpoint is of step {resumed.step}, and this run ends at step {total}; give more "
+                "epochs or steps, or another checkpoint"
+            )
+
+    run.processes.on_main(require)
 
 
 def restore(task: Task, checkpoint: Checkpoint, run: Fit) -> Progress:

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.checkpoint import Checkpoint
-from core.engine import Fit, Meter, Progress, evaluate, is_due, load_state, preempted, record_step, restore
+from core.engine import (
+    Fit,
+    Meter,
+    Progress,
+    evaluate,
+    is_due,
+    load_state,
+    preempted,
+    record_step,
+    require_steps_left,
+    restore,
+)
 from core.flags import stop_signal
 from core.loader import Feed, worker_faults
 from core.task import Task
@@ -65,6 +76,7 @@ def alongside(
             draws nothing that does not follow from the place in the run. None: it reads and draws for itself.
     Raises: CheckpointError for a checkpoint of another model; what a loader of the trainer's raises, as one line.
     """
+    require_steps_left(resumed, run)
     if feed is not None:
         progress = Progress() if resumed is None else restore(task, resumed, run)
     else:

@@ -327,6 +327,12 @@ def accumulation_of(
     return processes.on_main(choose)
 
 
+def require_alone(framework: str, processes: Processes) -> None:
+    """Raise ConfigError if a framework that this suite runs on one process is asked to run on several."""
+    if framework != "native" and processes.size > 1:
+        raise ConfigError(f"framework={framework}: runs on one process here; leave --nproc out")
+
+
 def require_batch(config: RunConfig, num_images: int) -> None:
     """Raise ConfigError if there are fewer images than one step takes."""
     if num_images < config.batch_size:

@@ -12,10 +12,11 @@ import torch
 from core.config import load_config
 from core.distributed import Processes
 from core.errors import ConfigError
+from core.start import require_alone
 from tests.test_detection_model import tiny_detector
 from tests.test_layers import ALLOWED, ROOT, imported_modules
 from transfer.detection import settings
-from transfer.detection.settings import INSTALL_DETECTRON2, DetectConfig, require_alone
+from transfer.detection.settings import INSTALL_DETECTRON2, DetectConfig
 from transfer.detection.weights import from_detectron2, to_detectron2
 
 ENGINE = "transfer/detection/detectron2_engine"
@@ -68,9 +69,9 @@ def test_what_it_cannot_do_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
 def test_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, True)
     with pytest.raises(ConfigError, match="framework=detectron2: runs on one process here; leave --nproc out"):
-        require_alone(load(), Processes(rank=0, size=2))
-    require_alone(load(), Processes())
-    require_alone(load("framework=native"), Processes(rank=0, size=2))
+        require_alone("detectron2", Processes(rank=0, size=2))
+    require_alone("detectron2", Processes())
+    require_alone("native", Processes(rank=0, size=2))
 
 
 def test_a_batch_that_does_not_fit_at_once_is_refused(

@@ -67,6 +67,12 @@ def test_a_run_can_start_from_a_checkpoint_of_another(run: Path, tmp_path: Path)
         pretrain(config, resume="never")
 
 
+def test_a_run_cannot_start_from_the_last_step_of_another(run: Path, tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, None, tiny_overrides(run.parent / "data", tmp_path / "again"))
+    with pytest.raises(ConfigError, match="the checkpoint is of step 6, and this run ends at step 6; give more epochs"):
+        pretrain(config, resume=str(run / "checkpoints" / "step_0000006"))
+
+
 def test_reconstructions_show_what_was_given_and_true_patches_when_predicted_right(run: Path) -> None:
     config = load_config(PretrainConfig, run / "config.yaml")
     model = MaskedAutoencoder(config.vit_config(), config.decoder_config())

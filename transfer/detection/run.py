@@ -27,6 +27,7 @@ from core.start import (
     entered,
     image_feed,
     open_log,
+    require_alone,
     require_same_backbone,
     require_same_data,
     run_info,
@@ -47,7 +48,6 @@ from transfer.detection.settings import (
     header,
     parameter_groups,
     rate,
-    require_alone,
     settle,
 )
 from transfer.detection.tasks import EVAL_BATCH_SIZE, CocoEvaluator, DetectionTask, Evaluated
@@ -70,7 +70,7 @@ def detect(config: DetectConfig, resume: str = "auto", fs: FileSystem | None = N
     """
     with entered(
         config, resume, fs, harmless=HARMLESS_KEYS, paths=PATHS,
-        opened=lambda processes: processes.together(lambda: (_open_sets(config), _open_backbone(config))),
+        opened=lambda processes: _open_inputs(config, processes),
         facts=lambda inputs: _all_facts(*inputs),
     ) as run:  # fmt: skip
         sets, (vit, digest) = run.inputs
@@ -93,7 +93,7 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
     """
     with joined(config.engine.timeout_s) as processes, console_logging(processes.is_main):
         agree_on_run(processes, config, "eval", PATHS)
-        require_alone(config, processes)
+        require_alone(config.framework, processes)
         loaded = processes.together(lambda: load_detector(config.backbone))
         coco = processes.together(lambda: _open_set(config, "val"))
         require_categories(coco, loaded)
@@ -115,6 +115,11 @@ def evaluate_detector(config: DetectConfig) -> dict[str, Any]:
 
 
 # ---- what is opened -------------------------------------------------------------------------------------------------
+
+
+def _open_inputs(config: DetectConfig, processes: Processes) -> tuple[tuple[CocoSet, CocoSet], tuple[ViT, str]]:
+    require_alone(config.framework, processes)
+    return processes.together(lambda: (_open_sets(config), _open_backbone(config)))
 
 
 def _open_sets(config: DetectConfig) -> tuple[CocoSet, CocoSet]:

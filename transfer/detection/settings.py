@@ -175,7 +175,6 @@ def settle(
 
     Raises: ConfigError where data, batch and processes do not fit together, DataError where the two sets do not.
     """
-    require_alone(config, processes)
     device = choose_device(config.device, processes.local_rank)
     train, val = sets
     if train.names != val.names:
@@ -195,12 +194,6 @@ def settle(
     plan = Plan(len(train), config.batch_size, accumulation, 1, processes.size, config.steps)
     workers = choose_workers(config.loader, device, processes)
     return Setting(config, vit, digest, train, val, detector, device, workers, plan)
-
-
-def require_alone(config: DetectConfig, processes: Processes) -> None:
-    """Raise ConfigError if a framework that this suite runs on one process is asked to run on several."""
-    if config.framework != "native" and processes.size > 1:
-        raise ConfigError(f"framework={config.framework}: runs on one process here; leave --nproc out")
 
 
 def memory_bytes(

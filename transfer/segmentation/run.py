@@ -28,6 +28,7 @@ from core.start import (
     entered,
     image_feed,
     open_log,
+    require_alone,
     require_same_backbone,
     require_same_data,
     run_info,
@@ -52,7 +53,6 @@ from transfer.segmentation.settings import (
     header,
     parameter_groups,
     rate,
-    require_alone,
     require_fitting,
     require_windows,
     settle,
@@ -110,7 +110,7 @@ def evaluate_segmentor(given: SegmentConfig) -> dict[str, Any]:
     """
     with joined(given.engine.timeout_s) as processes, console_logging(processes.is_main):
         agree_on_run(processes, given, "eval", PATHS)
-        require_alone(given, processes)
+        require_alone(given.framework, processes)
         loaded = processes.together(lambda: load_segmentor(given.backbone))
         config = processes.together(lambda: as_trained(given, loaded))
         pairs = processes.together(lambda: _open_set(config, "val"))

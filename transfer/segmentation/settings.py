@@ -18,7 +18,7 @@ from core.engine import Plan, uses_bf16
 from core.errors import ConfigError, shown
 from core.machine import choose_device
 from core.optim import OptimConfig, decay_groups, decays_but_biases, layer_decay_groups, warmup_poly
-from core.start import RunConfig, accumulation_of, batch_line, choose_workers, require_batch
+from core.start import RunConfig, accumulation_of, batch_line, choose_workers, require_alone, require_batch
 from core.vit import ViT, ViTConfig
 from transfer.segmentation.augment import AugmentConfig
 from transfer.segmentation.classes import Classes
@@ -216,12 +216,6 @@ def build_network(vit: ViT, sizes: LabelsConfig) -> Network:
         raise ConfigError(f"segmentor.{error}") from None
 
 
-def require_alone(config: SegmentConfig, processes: Processes) -> None:
-    """Raise ConfigError if a framework that this suite runs on one process is asked to run on several."""
-    if config.framework != "native" and processes.size > 1:
-        raise ConfigError(f"framework={config.framework}: runs on one process here; leave --nproc out")
-
-
 def require_fitting(config: SegmentConfig, inputs: Inputs) -> None:
     """Raise ConfigError where images, windows or blocks do not fit together, before anything is claimed for a run."""
     require_batch(config, len(inputs.train))
@@ -232,7 +226,7 @@ def require_fitting(config: SegmentConfig, inputs: Inputs) -> None:
 
 def settle(config: SegmentConfig, inputs: Inputs, checkpoint: Checkpoint | None, processes: Processes) -> Setting:
     """Work out device, batches and workers. Raises: ConfigError where batch and processes do not fit together."""
-    require_alone(config, processes)
+    require_alone(config.framework, processes)
     device = choose_device(config.device, processes.local_rank)
     per_image, fixed = memory_bytes(config, inputs.vit.config, len(inputs.classes), device)
     accumulation = accumulation_of(config, checkpoint, device, processes, per_image, fixed)
