@@ -92,11 +92,12 @@ def test_kills_and_crash_points(server: ForkServer, coco: Path, backbone: Path, 
     begun = time.perf_counter()
     assert run(server, tiny_detection(coco, reference, backbone, **changes), log) == 0, log.read_text()
     whole, rng = time.perf_counter() - begun, random.Random(cascade)
+    points = int(Path(f"{log}.points").read_text())
     overrides = tiny_detection(coco, out, backbone, **changes)
     kill_after(server, overrides, log, rng.uniform(0.3, 0.8) * whole, stage="detect")
     assert run(server, overrides, log) == 0, log.read_text()
     assert_whole(out, reference)
-    point = rng.randrange(1, int(Path(f"{log}.points").read_text()))
+    point = rng.randrange(1, points)
     assert run(server, tiny_detection(coco, fresh(out), backbone, **changes), log, crash_at=point) == -9
     assert run(server, overrides, log) == 0, log.read_text()
     assert_whole(out, reference)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def without_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = run.installed
     optional = (components.DETECTRON2, components.MMSEG, components.CORRUPTIONS)
     monkeypatch.setattr(run, "installed", lambda package: None if package in optional else installed(package))
+    monkeypatch.setattr(run, "unusable", list)
 
 
 @pytest.fixture
@@ -255,6 +257,16 @@ def test_a_package_is_asked_where_it_can_be_imported(monkeypatch: pytest.MonkeyP
     stored = run.row_of(both, FOLDER)
     assert (live.source, live.against, live.worst.difference) == ("live", "detectron2 0.7", 0.2)
     assert (stored.source, stored.against, stored.worst.difference) == ("stored", "detectron2 0.6", 0.1)
+
+
+def test_an_engine_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mmseg").mkdir()
+    (tmp_path / "mmseg" / "__init__.py").write_text("raise ImportError('of another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mmseg", raising=False)
+    monkeypatch.setattr(run, "MODULES", {**run.MODULES, "mmsegmentation": "mmseg"})
+    monkeypatch.setattr(run, "installed", run.installed.__wrapped__)  # nothing is remembered
+    assert run.unusable() == ["mmsegmentation"]
 
 
 def test_absent_packages_are_not_installed() -> None:

@@ -138,8 +138,9 @@ def load_chain(path: Path, overrides: Sequence[str]) -> tuple[ChainConfig, list[
 def dry_run(path: Path, overrides: Sequence[str]) -> str:
     """The chain as it was read, and its commands."""
     config, planned = load_chain(path, overrides)
-    report = f"rcmae report ... --out {shown(config.out / REPORT)}"
-    return "\n".join([dump_config(config), *(stage.typed for stage in planned), report])
+    folders = [shown(stage.folder) for stage in planned]
+    report = ["rcmae", "report", *folders, "--out", shown(config.out / REPORT)]
+    return "\n".join([dump_config(config), *(stage.typed for stage in planned), shlex.join(report)])
 
 
 def run_chain(path: Path, overrides: Sequence[str], console: Console | None = None) -> None:
@@ -247,10 +248,8 @@ def _compared(config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:
             yield f"{stage.versus} and {name}: no {title} to compare"
             continue
         first, second = (factor * (value or 0.0) for value in values)
-        ahead = stage.versus if first >= second else name
-        won = (
-            "level" if round(first, 2) == round(second, 2) else f"{ahead} is ahead by {abs(first - second):.2f} points"
-        )
+        ahead = f"{stage.versus if first > second else name} is ahead by {abs(first - second):.2f} points"
+        won = "level" if round(first, 2) == round(second, 2) else ahead
         yield f"{title}: {stage.versus} {first:.2f} %, {name} {second:.2f} %: {won} (one run each)"
 
 

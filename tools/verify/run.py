@@ -46,9 +46,8 @@ def verify(json_file: Path | None = None) -> int:
         warnings.simplefilter("ignore")  # of packages, on names that they import; what matters is in the table
         rows = [row_of(component, FOLDER) for component in COMPONENTS]
     print_rows(rows)
-    for package in (DETECTRON2, MMSEG):
-        if installed(package) is None and importlib.util.find_spec(MODULES[package].partition(".")[0]):
-            print(f"{package} is here and cannot be imported: its stored results were compared")
+    for package in unusable():
+        print(f"{package} is here and cannot be imported: its stored results were compared")
     failed = [row.component for row in rows if row.verdict == "fails"]
     comparisons = sum(row.count for row in rows)
     not_run = sum(row.verdict == "not run" for row in rows)
@@ -101,3 +100,9 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except Exception:  # whatever keeps a package from being imported; its stored results are at hand
         return None
+
+
+def unusable() -> list[str]:
+    """Reference engines that are here, and cannot be imported."""
+    here = [one for one in (DETECTRON2, MMSEG) if importlib.util.find_spec(MODULES[one].partition(".")[0])]
+    return [one for one in here if installed(one) is None]
