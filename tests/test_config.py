@@ -140,18 +140,18 @@ BILLION_LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 def test_bombs_are_refused_quickly(write_yaml: WriteYaml, text: str, reason: str) -> None:
     path = write_yaml(text)
-    start = time.perf_counter()
+    start = time.process_time()
     assert reason in yaml_fault(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_sparse_file_of_a_gigabyte_is_not_read(write_yaml: WriteYaml) -> None:
     path = write_yaml("a: 1\n")
     with path.open("r+b") as file:
         file.truncate(2**30)
-    start = time.perf_counter()
+    start = time.process_time()
     assert "larger than" in yaml_fault(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("digits", ["9" * 6000, "0x" + "f" * 6000, "0o" + "7" * 6000])
