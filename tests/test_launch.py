@@ -72,7 +72,7 @@ def test_no_worker_outlives_a_killed_agent_or_launcher(data: Path, tmp_path: Pat
 
 def test_no_worker_outlives_an_agent_killed_while_they_import(data: Path, tmp_path: Path) -> None:
     with started(["pretrain", *tiny_overrides(data, tmp_path / "out", **LONG), "--nproc", "3"]) as run:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # patience for a busy machine
         while len(run.workers()) < 3:
             assert time.monotonic() < deadline
         kill(run.agent())
