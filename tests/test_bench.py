@@ -1,8 +1,6 @@
 """Benchmarks: that they compare what they say they compare, and print what can be read by a program."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 
 from core.errors import ConfigError
 from pretrain.settings import PretrainConfig
-from tests.tiny import draw_images, tiny_overrides
+from tests.tiny import draw_images, interrupted, tiny_overrides
 from tools import bench
 from tools.bench import Row, random_batch, suite_run
 from tools.cli import app
@@ -160,12 +158,6 @@ def test_compare_stops_with_its_runs(tmp_path: Path) -> None:
     overrides = [t for t in tiny_overrides(tmp_path / "data", tmp_path / "x", epochs=4000) if not t.startswith("out=")]
     command = [sys.executable, "-m", "tools.cli", "compare", str(recipe), *overrides, f"probe.data={tmp_path / 'data'}"]
     command += ["--out", str(tmp_path / "out"), "--seeds", "0", "--methods", "mae"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = tmp_path / "out" / "mae_seed0.log"
-    while not (log.exists() and "saved step" in log.read_text()):
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(60) == 75
-    assert process.stderr is not None
-    said = process.stderr.read()
+    code, said = interrupted(command, tmp_path / "out" / "mae_seed0.log")
+    assert code == 75
     assert "stopped; finished steps are saved" in said and "Traceback" not in said

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from typer.testing import CliRunner
 from core.config import Config, load_config
 from core.errors import ConfigError, DataError
 from core.files import RunLock
-from tests.tiny import draw_images, tiny_overrides
+from tests.tiny import draw_images, interrupted, tiny_overrides
 from tools import chain
 from tools.chain import load_chain, run_chain
 from tools.chain_display import Display
@@ -251,14 +249,10 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(tmp_path: Path) -
     tree = {"verb": "pretrain", "set": nested(overrides)}
     (tmp_path / "chain.yaml").write_text(json.dumps({"out": str(tmp_path / "out"), "stages": {"long": tree}}))
     command = [sys.executable, "-m", "tools.cli", "chain", str(tmp_path / "chain.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "out" / "long.log"
-    while not (log.exists() and "saved step" in log.read_text()):
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(60) == 75
-    assert process.stderr is not None
-    assert re.fullmatch(r"long: stopped by SIGTERM at step \d+, saved; .*\n", process.stderr.read())
+    code, told = interrupted(command, log)
+    assert code == 75
+    assert re.fullmatch(r"long: stopped by SIGTERM at step \d+, saved; .*\n", told)
     assert json.loads((tmp_path / "out" / "chain.json").read_text())["long"]["left"] is None
     epochs = 1 + int(re.findall(r"at step (\d+), saved", log.read_text())[-1]) // 6
     again = subprocess.run([*command, f"stages.long.set.epochs={epochs}"], capture_output=True, text=True)

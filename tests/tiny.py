@@ -1,5 +1,8 @@
 """Runs small enough to be run many times: a few drawn images and a ViT of a few thousand parameters."""
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +121,13 @@ def tiny_segmentation(data: Path, out: Path, backbone: Path, head: str = "uperne
 def _as_overrides(values: dict[str, object], changes: dict[str, object]) -> list[str]:
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+
+
+def interrupted(command: list[str], log: Path) -> tuple[int, str]:
+    """Begin a command, press Ctrl-C when `log` tells of a saved step; its exit code, and what it said on stderr."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (log.exists() and "saved step" in log.read_text()):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said

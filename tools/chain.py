@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 from rich.console import Console
 
 from core.config import Config, as_overrides, dump_config, load_config
-from core.errors import ConfigError, Preempted, error_of, shown
+from core.errors import ConfigError, Preempted, shown
 from core.files import RunLock, replace_file
 from core.flags import stop_signal
 from core.run_directory import LOCK_NAME
@@ -233,8 +233,7 @@ def _carry_out(stage: Planned, log: Path, record: Record, display: Display, stop
     if code == Preempted.exit_code or (stopped and code):
         raise Preempted(f"{stage.name}: {shown(last_line(log))}")
     if code:
-        error = failure(code, log)
-        raise error_of(error.exit_code, f"stage {stage.name}: {error}")
+        raise failure(code, log, of=f"stage {stage.name}: ")
 
 
 def _compared(config: ChainConfig, planned: Sequence[Planned]) -> Iterator[str]:

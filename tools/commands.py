@@ -44,7 +44,11 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def failure(code: int, log: Path) -> RcmaeError:
-    """The error of a command that ended with `code`: its own last line, and where the others are."""
+def failure(code: int, log: Path, of: str = "") -> RcmaeError:
+    """The error of a command that ended with `code`: its own last line, and where the others are.
+
+    Args:
+        of: what the command was, for the beginning of the line.
+    """
     text = last_line(log) or "no output"
-    return error_of(code, f"{shown(log)}: {text.removeprefix('error: ')}")
+    return error_of(code, f"{of}{shown(log)}: {text.removeprefix('error: ')}")
