@@ -22,7 +22,14 @@ from core.errors import ConfigError, DataError, shown
 from core.files import FileSystem, require_space
 from core.loader import Collate, EpochOrder, Feed, LoaderConfig, Prepare, TrainingImages, image_loader
 from core.log import LogConfig, RunLog, console_logging
-from core.machine import available_bytes, code_digest, environment, keep_freed_memory, seed_everything
+from core.machine import (
+    available_bytes,
+    code_digest,
+    environment,
+    git_commit,
+    keep_freed_memory,
+    seed_everything,
+)
 from core.parallel import Parallel
 from core.run_directory import RunDirectory
 from core.task import Task
@@ -230,6 +237,11 @@ def run_info(config: RunConfig, device: torch.device, data: dict[str, Any]) -> d
         "config": config_hash(config),
         "data": data,
     }
+
+
+def concluded(config: RunConfig) -> dict[str, Any]:
+    """What summary.json begins with, of a run that came to its end."""
+    return {"status": "done", "config": config_hash(config), "seed": config.seed, "git_commit": git_commit()}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from core.start import (
     begin,
     choose_workers,
     claimed,
+    concluded,
     data_facts,
     entered,
     image_feed,
@@ -310,10 +311,7 @@ def _write_outcomes(
     figures = outcomes.figures()
     logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
+        **concluded(config),
         "figures": figures,
         **facts,
     }
@@ -391,10 +389,7 @@ def _write_knn(
     assert writer is not None, "only the first process writes"
     config = setting.config
     summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
+        **concluded(config),
         "backbone": setting.digest,
         "images": len(setting.train),
         "test_images": len(setting.test),

@@ -16,7 +16,7 @@ from core.files import replace_file
 from core.loader import EvalBatch
 from core.log import draw_curves, read_metrics
 from core.machine import git_commit
-from core.start import Writer
+from core.start import Writer, concluded
 from core.vit import ViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.coco_eval import result_entries
@@ -106,10 +106,7 @@ def write_results(
     text = "  ".join(f"{name} {value:.4f}" for name, value in overall.items() if value is not None)
     logger.info("%s", text or "no figure is defined: the validation set has no ground truth")
     summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
+        **concluded(config),
         "test_images": len(coco),
         "figures": overall,
         **facts,

@@ -15,7 +15,7 @@ from core.errors import shown
 from core.files import replace_file
 from core.log import draw_curves, read_metrics
 from core.machine import git_commit
-from core.start import Writer
+from core.start import Writer, concluded
 from core.vit import ViT
 from transfer.segmentation.augment import resize_label
 from transfer.segmentation.classes import Classes
@@ -111,10 +111,7 @@ def write_results(
     told = "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
     logger.info("%s", told or "no figure is defined: the validation images have no labelled pixel")
     summary = {
-        "status": "done",
-        "config": config_hash(config),
-        "seed": config.seed,
-        "git_commit": git_commit(),
+        **concluded(config),
         "test_images": num_images,
         "figures": figures,
         **facts,
